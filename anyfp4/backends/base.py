@@ -1,0 +1,117 @@
+"""What a backend is: an implementation of the linear op, and optionally of the decoder's other ops.
+
+``Backend`` itself is the readable reference for all of them, so a backend overrides what it does faster and inherits
+the rest. Every override gives the same bits as the reference for its numerics, or raises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyfp4.formats.weights import LinearWeight
+from anyfp4.ops import activation, attention, linear, norm, rope, sampling
+from anyfp4.ops.attention import AttentionBatch
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedLinear:
+    """A linear layer's weight as one backend wants it; the layout of ``data`` is the backend's own affair.
+
+    Attributes:
+        backend: name of the backend that made it.
+        shape: (N, K).
+        numerics: of the W4A4 product.
+        nbytes: of memory held.
+        data: the backend's private form.
+    """
+
+    backend: str
+    shape: tuple[int, int]
+    numerics: str
+    nbytes: int
+    data: Any
+
+
+class Backend:
+    """The reference backend: torch, any device, both numerics; the oracle of all others."""
+
+    name = "reference"
+    #: one line for ``anyfp4 backends``
+    description = "readable torch code; runs anywhere, slowly"
+
+    def why_not(
+        self, device: torch.device, shape: tuple[int, int] | None = None, numerics: str = "native"
+    ) -> str | None:
+        """Why this backend cannot run a linear of (N, K) ``shape`` on ``device``; None if it can."""
+        if numerics == "native" and linear.architecture(device) not in ("cpu", "sm_90"):
+            return f"no bit model of {linear.architecture(device)}'s matrix units; numerics='blackwell' runs"
+        return None
+
+    def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
+        """Brings a weight into the form that :meth:`linear` reads. May keep or copy; the caller drops its own."""
+        return PreparedLinear(self.name, weight.shape, numerics, weight.nbytes, weight)
+
+    def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
+        """See :func:`anyfp4.ops.linear.linear`."""
+        return linear.linear(x, prepared.data, numerics=prepared.numerics, out_dtype=out_dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See :func:`anyfp4.ops.norm.rms_norm`."""
+        return norm.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See :func:`anyfp4.ops.norm.add_rms_norm`."""
+        return norm.add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.activation.silu_mul`."""
+        return activation.silu_mul(gate_up)
+
+    def apply_rope(self, x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.rope.apply_rope`."""
+        return rope.apply_rope(x, positions, cos_sin)
+
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """See :func:`anyfp4.ops.attention.write_kv`."""
+        attention.write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> Tensor:
+        """See :func:`anyfp4.ops.attention.attention`."""
+        return attention.attention(
+            q,
+            k_cache,
+            v_cache,
+            batch,
+            scale=scale,
+            sliding_window=sliding_window,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.sampling.log_softmax`."""
+        return sampling.log_softmax(logits)

@@ -1,0 +1,1 @@
+"""Checkpoints: the two layouts of NVFP4 models, read and written."""

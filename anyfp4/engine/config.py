@@ -1,0 +1,102 @@
+"""What a user may set: of one request (SamplingParams) and of the engine (EngineConfig)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyfp4.errors import InvalidArgumentError
+
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when generation stops; names and meanings as in vLLM.
+
+    Attributes:
+        n: completions of one prompt; the i-th has random numbers of its own under the same seed.
+        temperature: 0 is greedy.
+        top_p: keep the most likely tokens that together have this probability, in (0, 1].
+        top_k: keep the k most likely tokens; 0 or −1 for all.
+        min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
+        seed: of the random numbers; None draws one.
+        max_tokens: at most this many new tokens; None: up to the model's limit.
+        stop: strings that end the text; not part of it unless ``include_stop_str_in_output``.
+        stop_token_ids: tokens that end the text, besides the model's own end-of-sequence tokens.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: log-probabilities of this many most likely tokens at every new position, and of the chosen one.
+        prompt_logprobs: likewise for the prompt's tokens.
+        include_stop_str_in_output: keep the stop string.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        _require(self.n >= 1, f"n must be at least 1, got {self.n}")
+        _require(0 <= self.temperature < float("inf"), f"temperature must be 0 or more, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _require(self.top_k >= 0, f"top_k must be 0 (all) or more, got {self.top_k}")
+        _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
+        _require(self.seed is None or -(2**63) <= self.seed < 2**64, f"seed must fit 64 bits, got {self.seed}")
+        _require(
+            self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be 1 or more, got {self.max_tokens}"
+        )
+        _require(all(isinstance(s, str) and s for s in stop), "stop strings must not be empty")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= MAX_LOGPROBS, f"{name} must be 0…{MAX_LOGPROBS}, got {value}")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return tuple(self.stop or ())
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs; none of it changes a request's tokens or log-probabilities.
+
+    Attributes:
+        max_model_len: most tokens of prompt and completion together; None: the model's own limit.
+        max_num_seqs: sequences that run at the same time.
+        max_step_tokens: tokens of one step; longer prompts are cut into chunks.
+        block_size: tokens of one block of the KV cache.
+        kv_cache_bytes: of the KV cache; None: a quarter of the machine's memory, or what ``max_num_seqs`` sequences of
+            ``max_model_len`` tokens need, if that is less.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_step_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size", "kv_cache_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be 1 or more, got {value}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidArgumentError(message)

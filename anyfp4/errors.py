@@ -1,0 +1,65 @@
+"""Every exception that anyfp4 raises on purpose.
+
+    AnyFP4Error
+    ├── CheckpointError            a checkpoint cannot be read as it stands
+    │   ├── CheckpointFileError    a file is missing, truncated or not what its name says
+    │   ├── CheckpointConfigError  config.json / hf_quant_config.json contradicts itself or the format
+    │   └── TensorError            a tensor is missing, extra, or has a wrong shape, dtype or value
+    ├── UnsupportedError           a valid request that anyfp4 does not implement (algorithm, architecture, option)
+    ├── BackendError               a backend that was asked for by name cannot run here
+    ├── EnvironmentVariableError   an ANYFP4_* variable has a value that is not allowed   (also a ValueError)
+    └── InvalidArgumentError       an argument to a public function is wrong              (also a ValueError)
+
+The message says what is wrong, where (file, tensor, field or flag), and what would be right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class AnyFP4Error(Exception):
+    """Base of every exception that anyfp4 raises on purpose."""
+
+
+class CheckpointError(AnyFP4Error):
+    """A checkpoint cannot be read as it stands.
+
+    Attributes:
+        file: the file at fault, if one is known.
+        tensor: the tensor at fault, if one is known.
+    """
+
+    def __init__(self, message: str, *, file: Path | str | None = None, tensor: str | None = None) -> None:
+        self.file = Path(file) if file is not None else None
+        self.tensor = tensor
+        where = ": ".join(str(part) for part in (self.file, tensor) if part is not None)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class CheckpointFileError(CheckpointError):
+    """A file is missing, truncated, or not what its name says."""
+
+
+class CheckpointConfigError(CheckpointError):
+    """A configuration file contradicts itself, its tensors, or the format it names."""
+
+
+class TensorError(CheckpointError):
+    """A tensor is missing, extra, or has a wrong shape, dtype or value."""
+
+
+class UnsupportedError(AnyFP4Error):
+    """A valid request that anyfp4 does not implement."""
+
+
+class BackendError(AnyFP4Error):
+    """A backend that was asked for by name cannot run here."""
+
+
+class InvalidArgumentError(AnyFP4Error, ValueError):
+    """An argument to a public function is wrong."""
+
+
+class EnvironmentVariableError(AnyFP4Error, ValueError):
+    """An ``ANYFP4_*`` variable has a value that is not allowed, or a name that nobody reads."""

@@ -1,0 +1,208 @@
+"""Builds a decoder from a checkpoint, layer by layer, so that at most one layer is held twice."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from anyfp4.backends import registry
+from anyfp4.checkpoint.reader import Checkpoint
+from anyfp4.errors import TensorError, UnsupportedError
+from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.layers.attention import Attention
+from anyfp4.layers.linear import Linear
+from anyfp4.layers.mlp import MLP
+from anyfp4.layers.rotary import cos_sin_table
+from anyfp4.models.config import DecoderConfig
+from anyfp4.models.decoder import Block, Decoder
+
+#: called with (bytes loaded, bytes in all)
+Progress = Callable[[int, int], None]
+#: tensors that some exporters write and no decoder reads
+_IGNORABLE = ("*.rotary_emb.inv_freq", "*.self_attn.rotary_emb.*", "lm_head.weight")
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    numerics: str = "native",
+    backend: str = "auto",
+    max_positions: int | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Loads a model.
+
+    Args:
+        checkpoint: opened and checked.
+        device: where the weights go.
+        dtype: of activations, embeddings, norms and dense layers; the config's by default.
+        numerics: of W4A4 products.
+        backend: ``auto`` or a backend's name.
+        max_positions: rows of the rotary table; the config's maximum by default.
+        progress: called after each tensor group.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or wrong.
+        UnsupportedError: the architecture or an option is not supported.
+        BackendError: the backend that was asked for cannot run here.
+    """
+    config = DecoderConfig.from_hf(checkpoint.config, str(checkpoint.folder / "config.json"))
+    if dtype is not None:
+        config = replace(config, dtype=dtype)
+    return _Loader(checkpoint, config, device, numerics, backend, max_positions, progress).load()
+
+
+class _Loader:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        device: torch.device,
+        numerics: str,
+        backend: str,
+        max_positions: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.config, self.device = checkpoint, config, device
+        self.numerics, self.backend = numerics, backend
+        self.max_positions = max_positions or config.max_position
+        self.progress = progress
+        self.ops = registry.select(device, numerics=numerics, requested=backend)
+        self.done = 0
+
+    def load(self) -> Decoder:
+        c = self.config
+        embedding = self._tensor("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+        blocks = [self._block(i) for i in range(c.num_layers)]
+        norm = self._tensor("model.norm.weight", (c.hidden_size,))
+        head: LinearWeight
+        if c.tie_word_embeddings:
+            head = DenseWeight(embedding)
+        else:
+            head = self._weight("lm_head", c.vocab_size, c.hidden_size, None)
+        lm_head = Linear([head], numerics=self.numerics, backend=self.backend)
+        self._refuse_unread()
+        rope = c.rope
+        table = cos_sin_table(c.head_dim, self.max_positions, rope.kind, rope.theta, dict(rope.parameters))
+        linears = [x for b in blocks for x in (b.attention.qkv, b.attention.o, b.mlp.gate_up, b.mlp.down)]
+        nbytes = sum(x.nbytes for x in linears) + embedding.numel() * embedding.element_size()
+        nbytes += 0 if c.tie_word_embeddings else lm_head.nbytes
+        return Decoder(
+            config=c,
+            ops=self.ops,
+            embedding=embedding,
+            blocks=blocks,
+            norm=norm,
+            lm_head=lm_head,
+            cos_sin=table.to(self.device),
+            kv_dtype=torch.float8_e4m3fn if self.checkpoint.quantization.kv_cache == "fp8" else c.dtype,
+            nbytes=nbytes,
+        )
+
+    def _block(self, index: int) -> Block:
+        c = self.config
+        layer = f"model.layers.{index}"
+        attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        k_scale, v_scale = self.checkpoint.kv_scales(attn)
+        attention = Attention(
+            ops=self.ops,
+            qkv=self._linear(
+                [(f"{attn}.q_proj", q_size), (f"{attn}.k_proj", kv_size), (f"{attn}.v_proj", kv_size)],
+                c.hidden_size,
+                c.qkv_bias,
+            ),
+            o=self._linear([(f"{attn}.o_proj", c.hidden_size)], q_size, c.o_bias),
+            num_heads=c.num_heads,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            q_norm=self._tensor(f"{attn}.q_norm.weight", (c.head_dim,)) if c.qk_norm else None,
+            k_norm=self._tensor(f"{attn}.k_norm.weight", (c.head_dim,)) if c.qk_norm else None,
+            eps=c.rms_norm_eps,
+            k_scale=1.0 if k_scale is None else k_scale,
+            v_scale=1.0 if v_scale is None else v_scale,
+            sliding_window=c.sliding_windows[index],
+        )
+        return Block(
+            input_norm=self._tensor(f"{layer}.input_layernorm.weight", (c.hidden_size,)),
+            attention=attention,
+            post_attention_norm=self._tensor(f"{layer}.post_attention_layernorm.weight", (c.hidden_size,)),
+            mlp=MLP(
+                ops=self.ops,
+                gate_up=self._linear(
+                    [(f"{mlp}.gate_proj", c.intermediate_size), (f"{mlp}.up_proj", c.intermediate_size)],
+                    c.hidden_size,
+                    c.mlp_bias,
+                ),
+                down=self._linear([(f"{mlp}.down_proj", c.hidden_size)], c.intermediate_size, c.mlp_bias),
+            ),
+        )
+
+    def _linear(self, modules: Sequence[tuple[str, int]], in_features: int, bias: bool) -> Linear:
+        weights = [self._weight(name, out, in_features, bias) for name, out in modules]
+        return Linear(weights, numerics=self.numerics, backend=self.backend)
+
+    def _weight(self, module: str, n: int, k: int, bias: bool | None) -> LinearWeight:
+        weight = self.checkpoint.linear(module, (n, k), bias)
+        self._advance(weight.nbytes)
+        return _place(weight, self.device, self.config.dtype)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.checkpoint.tensor(name, shape)
+        self._advance(tensor.numel() * tensor.element_size())
+        return tensor.to(device=self.device, dtype=self.config.dtype)
+
+    def _advance(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(min(self.done, self.checkpoint.total_bytes), self.checkpoint.total_bytes)
+
+    def _refuse_unread(self) -> None:
+        left = [
+            name
+            for name in self.checkpoint.unread()
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in _IGNORABLE)
+        ]
+        if left:
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+            raise TensorError(
+                f"no part of a {self.config.model_type} model with {self.config.num_layers} layers reads this tensor"
+                + more,
+                file=self.checkpoint.file_of(left[0]),
+                tensor=left[0],
+            )
+
+
+def _place(weight: LinearWeight, device: torch.device, dtype: torch.dtype) -> LinearWeight:
+    """Moves a weight to its device; dense weights also take the model's dtype."""
+    bias = None if weight.bias is None else weight.bias.to(device)
+    if isinstance(weight, DenseWeight):
+        return DenseWeight(weight.weight.to(device=device, dtype=dtype), bias)
+    if isinstance(weight, FP8Weight):
+        return FP8Weight(
+            weight.weight.to(device),
+            weight.weight_scale.to(device),
+            None if weight.input_scale is None else weight.input_scale.to(device),
+            bias,
+        )
+    if isinstance(weight, NVFP4Weight):
+        t = weight.weight
+        tensor = replace(
+            t,
+            packed=t.packed.to(device),
+            block_scale=t.block_scale.to(device),
+            global_scale=t.global_scale.to(device),
+        )
+        return NVFP4Weight(
+            tensor,
+            None if weight.input_global_scale is None else weight.input_global_scale.to(device),
+            None if weight.pre_quant_scale is None else weight.pre_quant_scale.to(device),
+            bias,
+        )
+    raise UnsupportedError(f"unknown kind of weight {type(weight).__name__}")
