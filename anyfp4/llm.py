@@ -136,7 +136,7 @@ class LLM:
                 progress=progress,
             )
         self.model = str(model)
-        self.engine = Engine(decoder, config)
+        self.engine = Engine(decoder, config, self.tokenizer.eos_token_ids)
         self._ids = itertools.count()
 
     def generate(
@@ -159,7 +159,7 @@ class LLM:
         batch = _as_batch(prompts)
         params = _broadcast(sampling_params, len(batch))
         latest: dict[str, RequestOutput] = {}
-        order = []
+        order: list[str] = []
         for output in self._run([self._encode(p) for p in batch], params, order):
             latest[output.request_id] = output
         return [latest[request_id] for request_id in order]

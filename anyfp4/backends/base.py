@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyfp4.device import architecture
 from anyfp4.formats.weights import LinearWeight
 from anyfp4.ops import activation, attention, linear, norm, rope, sampling
 from anyfp4.ops.attention import AttentionBatch
@@ -47,8 +48,8 @@ class Backend:
         self, device: torch.device, shape: tuple[int, int] | None = None, numerics: str = "native"
     ) -> str | None:
         """Why this backend cannot run a linear of (N, K) ``shape`` on ``device``; None if it can."""
-        if numerics == "native" and linear.architecture(device) not in ("cpu", "sm_90"):
-            return f"no bit model of {linear.architecture(device)}'s matrix units; numerics='blackwell' runs"
+        if numerics == "native" and architecture(device) not in ("cpu", "sm_90"):
+            return f"no bit model of {architecture(device)}'s matrix units; numerics='blackwell' runs"
         return None
 
     def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:

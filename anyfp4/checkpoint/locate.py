@@ -33,6 +33,8 @@ def locate(model: str | Path, revision: str | None = None, say: Callable[[str], 
     name = str(model)
     if path.exists():
         raise InvalidArgumentError(f"{path} is a file; give the folder that holds config.json")
+    if name.startswith((".", "/", "~")):
+        raise InvalidArgumentError(f"{path}: no such folder")
     if not _REPOSITORY.fullmatch(name):
         raise InvalidArgumentError(f"{name!r} is neither a folder on this machine nor a Hugging Face id (owner/name)")
     return _fetch(name, revision, say)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 
 from anyfp4.engine import kv_cache, sampler
 from anyfp4.engine.config import EngineConfig, SamplingParams
@@ -19,17 +19,21 @@ from anyfp4.ops import sampling
 class Engine:
     """Runs sequences of token ids; text is the caller's affair."""
 
-    def __init__(self, model: Decoder, config: EngineConfig) -> None:
+    def __init__(self, model: Decoder, config: EngineConfig, eos: Iterable[int] = ()) -> None:
+        """Allocates the cache.
+
+        Args:
+            model: the decoder; its rotary table bounds the length of a sequence.
+            config: sizes.
+            eos: tokens that end a sequence, besides those of the model's config.
+        """
         self.model = model
-        limit = model.cos_sin.shape[0]
-        if config.max_model_len is not None and config.max_model_len > limit:
-            raise InvalidArgumentError(f"max_model_len = {config.max_model_len}: the model's limit is {limit}")
-        self.config = replace(config, max_model_len=config.max_model_len or limit)
-        self.max_model_len = self.config.max_model_len or limit
+        self.config = config
+        self.max_model_len = config.max_model_len or model.cos_sin.shape[0]
         blocks = kv_cache.num_blocks(model, config, self.max_model_len)
         self.scheduler = Scheduler(blocks, config.block_size, config.max_num_seqs, config.max_step_tokens)
         self.runner = ModelRunner(model, kv_cache.allocate(model, blocks, config.block_size), config.block_size)
-        self.eos = frozenset(model.config.eos_token_ids)
+        self.eos = frozenset((*model.config.eos_token_ids, *eos))
 
     def add(self, request_id: str, tokens: SequenceOf[int], params: SamplingParams) -> list[Sequence]:
         """Queues one prompt: ``params.n`` sequences.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointFileError(f"the tokenizer cannot be read: {error}", file=folder) from error
+
+        self.eos_token_ids = _eos_token_ids(folder, self._tokenizer.eos_token_id)
 
     @property
     def has_chat_template(self) -> bool:
@@ -62,6 +65,19 @@ class Tokenizer:
                 list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _eos_token_ids(folder: Path, own: int | None) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence token and those of generation_config.json: chat models often name more there."""
+    found = [] if own is None else [int(own)]
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
+            raise CheckpointFileError(f"not a JSON object: {error}", file=file) from error
+        found += value if isinstance(value, list) else [] if value is None else [int(value)]
+    return tuple(dict.fromkeys(found))
 
 
 class Detokenizer:

@@ -151,8 +151,8 @@ def quantize_blocks(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_blocks(packed: Tensor, block_scale: Tensor) -> Tensor:
     """code × block_scale, exact: packed [..., K/2], block_scale [..., K/16] to float32 [..., K]."""
-    blocks = e2m1.decode_packed(packed).unflatten(-1, (-1, BLOCK_SIZE))
-    return (blocks * block_scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
+    codes: Tensor = e2m1.decode_packed(packed).unflatten(-1, (-1, BLOCK_SIZE))
+    return (codes * block_scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
 def quantize(w: Tensor, global_scale: Tensor | float | None = None) -> NVFP4Tensor:

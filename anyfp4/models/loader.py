@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyfp4.backends import registry
 from anyfp4.checkpoint.reader import Checkpoint
-from anyfp4.errors import TensorError, UnsupportedError
+from anyfp4.errors import InvalidArgumentError, TensorError, UnsupportedError
 from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.layers.attention import Attention
 from anyfp4.layers.linear import Linear
@@ -51,6 +51,7 @@ def load_decoder(
         CheckpointError: a tensor is missing, left over, or wrong.
         UnsupportedError: the architecture or an option is not supported.
         BackendError: the backend that was asked for cannot run here.
+        InvalidArgumentError: more positions than the model has.
     """
     config = DecoderConfig.from_hf(checkpoint.config, str(checkpoint.folder / "config.json"))
     if dtype is not None:
@@ -71,6 +72,10 @@ class _Loader:
     ) -> None:
         self.checkpoint, self.config, self.device = checkpoint, config, device
         self.numerics, self.backend = numerics, backend
+        if max_positions is not None and max_positions > config.max_position:
+            raise InvalidArgumentError(
+                f"max_model_len = {max_positions}: the model's limit is {config.max_position} (max_position_embeddings)"
+            )
         self.max_positions = max_positions or config.max_position
         self.progress = progress
         self.ops = registry.select(device, numerics=numerics, requested=backend)

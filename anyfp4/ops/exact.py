@@ -79,7 +79,8 @@ def _to_float64(x: Tensor) -> Tensor:
 
 def _norm_bound(x64: Tensor) -> Tensor:
     """At least ‖x‖ along the last axis; the factor covers the rounding of the norm itself."""
-    return torch.linalg.vector_norm(x64, dim=-1) * (1 + 2.0**-20)
+    norm: Tensor = torch.linalg.vector_norm(x64, dim=-1)
+    return norm * (1 + 2.0**-20)
 
 
 def _round_once(approximate: Tensor, bound: Tensor, a64: Tensor, b64: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_rms_norm_value() -> None:
     x, w = rand(9, 96, dtype=torch.float32), rand(96, seed=1, dtype=torch.float32)
     x64 = x.double()
     expected = x64 / torch.sqrt((x64 * x64).mean(-1, keepdim=True) + 1e-5) * w.double()
-    # mean (sum and division), + eps, √, 1/·, ·x, ·w: 7 roundings of at most 2⁻²⁴ relative each (√ halves what came before)
+    # mean (sum and division), + eps, √, 1/·, ·x, ·w: 7 roundings of at most 2⁻²⁴ relative each (√ halves some)
     assert ((norm.rms_norm(x, w, 1e-5).double() - expected).abs() <= 7 * 2.0**-24 * expected.abs()).all()
 
 
