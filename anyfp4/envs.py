@@ -45,7 +45,7 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     env = os.environ if environ is None else environ
     for name in env:
         if name.startswith("ANYFP4_") and name not in VARIABLES:
-            close = difflib.get_close_matches(name, VARIABLES, n=1)
+            close = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.85)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(VARIABLES))}"
             raise EnvironmentVariableError(f"unknown environment variable {name}{hint}")
     numerics = env.get("ANYFP4_NUMERICS", "native")

@@ -34,7 +34,7 @@ def test_an_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(registry.PREFERENCE, "cpu", (Broken(), registry.REFERENCE))
     with pytest.raises(BackendError, match="'broken' cannot run here: it has no wheels"):
         registry.select(CPU, requested="broken")
-    with pytest.raises(BackendError, match="unknown backend 'brokn'; there are: .*broken.*reference"):
+    with pytest.raises(BackendError, match=r"unknown backend 'brokn'; there are: .*broken.*reference"):
         registry.select(CPU, requested="brokn")
 
 

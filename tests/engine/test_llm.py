@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_stop_strings(llm: LLM) -> None:
         assert done.text == free.text[: at + (len(stop) if include else 0)]
         assert (done.finish_reason, done.stop_reason) == ("stop", stop)
     streamed = [o.outputs[0].text for o in llm.stream("hello", params)]
-    assert all(later.startswith(earlier) for earlier, later in zip(streamed, streamed[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(streamed))
     assert streamed[-1] == done.text
 
 

@@ -43,7 +43,7 @@ def test_chunks_and_decodes_share_a_step() -> None:
 
 def test_too_large_a_request_is_refused_at_once() -> None:
     scheduler = Scheduler(num_blocks=3, block_size=4, max_num_seqs=8, max_step_tokens=64)
-    with pytest.raises(InvalidArgumentError, match="needs 4 KV-cache blocks.*there are 3"):
+    with pytest.raises(InvalidArgumentError, match=r"needs 4 KV-cache blocks.*there are 3"):
         scheduler.add(sequence("a", 4, 13))
     assert not scheduler.has_work
 
