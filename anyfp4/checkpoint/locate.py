@@ -25,6 +25,8 @@ def locate(model: str | Path, revision: str | None = None, say: Callable[[str], 
         InvalidArgumentError: neither a folder nor an id, or a revision of a folder.
         CheckpointFileError: the repository does not exist, is not accessible, or is not in the cache while offline.
     """
+    if not str(model):
+        raise InvalidArgumentError("the model's name is empty; give a folder or a Hugging Face id (owner/name)")
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:

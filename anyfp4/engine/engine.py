@@ -99,7 +99,7 @@ class Engine:
         changed = []
         for tile, logits in self.runner.logits(hidden, sorted(rows)):
             need = [row for row in tile if self._needs_logprobs(*rows[row])]
-            logprobs = self.model.ops.log_softmax(logits) if need else None
+            logprobs = self.model.ops.log_softmax(logits).cpu().numpy() if need else None
             chosen = [row for row in tile if self._is_last(*rows[row])]
             index = {row: i for i, row in enumerate(tile)}
             picked = sampling.sample(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from anyfp4.engine.sequence import Logprob, Sequence, TokenLogprobs
 from anyfp4.ops.sampling import Choice
+
+Row = npt.NDArray[np.float32]
 
 
 def choice(sequence: Sequence) -> Choice:
@@ -22,8 +24,10 @@ def choice(sequence: Sequence) -> Choice:
     )
 
 
-def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
+def token_logprobs(logprobs: Row, token: int, count: int) -> TokenLogprobs:
     """The ``count`` most likely tokens and the given one, most likely first, the lower id first among equals.
+
+    On numpy and so on this thread: waking torch's thread pool for one row of a vocabulary costs more than the work.
 
     Args:
         logprobs: float32 [V].
@@ -31,14 +35,13 @@ def token_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprobs:
         count: how many of the most likely tokens.
     """
     mine = logprobs[token]
-    ids = torch.arange(logprobs.shape[0], device=logprobs.device)
-    rank = 1 + int(((logprobs > mine) | ((logprobs == mine) & (ids < token))).sum())
+    rank = 1 + int(np.count_nonzero(logprobs > mine)) + int(np.count_nonzero(logprobs[:token] == mine))
     result: TokenLogprobs = {}
     if count:
-        # topk leaves the order of equals open: take all that reach the k-th value, then sort stably
-        kth = torch.topk(logprobs, min(count, logprobs.shape[0])).values[-1]
-        reach = (logprobs >= kth).nonzero().flatten()
-        order = torch.sort(logprobs[reach], descending=True, stable=True).indices[:count]
+        count = min(count, logprobs.shape[0])
+        # partition leaves the order of equals open: take all that reach the k-th value, then sort stably
+        reach = np.flatnonzero(logprobs >= np.partition(logprobs, -count)[-count])
+        order = np.argsort(-logprobs[reach], kind="stable")[:count]
         for position, index in enumerate(reach[order].tolist(), start=1):
             result[index] = Logprob(float(logprobs[index]), position)
     result.setdefault(token, Logprob(float(mine), rank))

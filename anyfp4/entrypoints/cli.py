@@ -230,20 +230,18 @@ def backends(
 
 @app.command()
 def demo(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Why is the sky blue?",
+    prompt: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
     layout: Annotated[Layout, typer.Option("--format", help="Layout to quantize to.")] = Layout.compressed_tensors,
     numerics: NumericsOption = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many new tokens.")] = 128,
 ) -> None:
     """Fetch a small model, quantize it to NVFP4, and let it answer a question."""
-    from anyfp4.tools.demo import run_demo  # noqa: PLC0415
+    from anyfp4.tools.demo import DEFAULT_PROMPT, run_demo  # noqa: PLC0415
 
-    environment = envs.read()
     run_demo(
-        prompt,
-        cache=environment.cache,
+        prompt or DEFAULT_PROMPT,
         layout=layout.value,
-        numerics=numerics.value if numerics is not None else environment.numerics,
+        numerics=None if numerics is None else numerics.value,
         max_tokens=max_tokens,
     )
 

@@ -46,7 +46,7 @@ _ABSENT = -139
 _TILE = 1 << 20
 _TILE_ROWS = 512
 #: outputs that the aligned path treats at once; it holds about eight arrays of four float64 numbers for each
-_ALIGNED_TILE = 1 << 17
+_ALIGNED_TILE = 1 << 15
 
 
 def matmul(a_packed: Tensor, a_scale: Tensor, b_packed: Tensor, b_scale: Tensor) -> Tensor:
@@ -69,9 +69,7 @@ def matmul(a_packed: Tensor, a_scale: Tensor, b_packed: Tensor, b_scale: Tensor)
     return _matmul(a_packed, a_scale, b_packed, b_scale)
 
 
-def _matmul(
-    a_packed: Tensor, a_scale: Tensor, b_packed: Tensor, b_scale: Tensor, *, aligned: bool = False
-) -> Tensor:
+def _matmul(a_packed: Tensor, a_scale: Tensor, b_packed: Tensor, b_scale: Tensor, *, aligned: bool = False) -> Tensor:
     """As :func:`matmul`; ``aligned`` forces the path with explicit truncation (for tests)."""
     _check("a", "M", a_packed, a_scale)
     _check("b", "N", b_packed, b_scale)

@@ -91,9 +91,7 @@ def accumulate(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
     significand = a_significand[:, None, :] * b_significand  # [M, N, k]: at most 22 bits, exact
     product_exponent = (a_exponent[:, None, :] + b_exponent).masked_fill_(significand == 0, _ABSENT)
     finite = torch.where(acc.isfinite(), acc, 0.0)
-    acc_exponent = (
-        float64.exponent(finite).clamp_(min=_FLOAT32_MIN_EXPONENT).masked_fill_(finite == 0, ZERO_EXPONENT)
-    )
+    acc_exponent = float64.exponent(finite).clamp_(min=_FLOAT32_MIN_EXPONENT).masked_fill_(finite == 0, ZERO_EXPONENT)
     largest = torch.maximum(product_exponent.amax(dim=-1), acc_exponent)
     # what lies 60 or more below E is truncated to zero, and at 60 the factor is still a normal float64 number
     shift = (product_exponent - largest[..., None]).clamp_(min=-60) + FRACTION_BITS

@@ -7,8 +7,10 @@ summed, so that sums are exact and no order of summation can show.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,16 +74,26 @@ def sample(logits: Tensor, choices: list[Choice]) -> list[int]:
         raise InvalidArgumentError(
             f"logits must be float32 [{len(choices)}, V], got {logits.dtype} {list(logits.shape)}"
         )
-    if bool(torch.isnan(logits).any()):
-        row = int(torch.isnan(logits).any(dim=-1).nonzero()[0])
-        raise InvalidArgumentError(f"the logits of row {row} hold a NaN: the model or its input is broken")
-    return [_sample_row(row, choice) for row, choice in zip(logits, choices, strict=True)]
+    tokens = []
+    for index, (row, choice) in enumerate(zip(logits, choices, strict=True)):
+        best, token = _first_maximum(row)
+        if math.isnan(best):
+            raise InvalidArgumentError(f"the logits of row {index} hold a NaN: the model or its input is broken")
+        tokens.append(token if choice.temperature == 0 else _sample_row(row, best, choice))
+    return tokens
 
 
-def _sample_row(logits: Tensor, choice: Choice) -> int:
-    best = logits.amax()
-    if choice.temperature == 0:
-        return int((logits == best).nonzero()[0])
+def _first_maximum(row: Tensor) -> tuple[float, int]:
+    """The largest element and its first index; NaN if there is one."""
+    if row.device.type == "cpu":
+        # numpy stays on this thread: torch would wake its pool for a vocabulary, and 10 µs become milliseconds
+        token = int(np.argmax(row.numpy()))
+        return float(row[token]), token
+    best, index = row.max(dim=-1)
+    return float(best), int(index)
+
+
+def _sample_row(logits: Tensor, best: float, choice: Choice) -> int:
     temperature = torch.tensor(choice.temperature, dtype=torch.float32, device=logits.device)
     probability = elementary.exp((logits - best) / temperature)  # of the most likely token: 1
     weight = torch.round(probability.to(torch.float64) * _WEIGHT_ONE).to(torch.int64)

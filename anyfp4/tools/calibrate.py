@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from anyfp4.checkpoint.reader import Checkpoint
 from anyfp4.engine.tokenizer import Tokenizer
-from anyfp4.errors import CheckpointFileError, InvalidArgumentError, TensorError
+from anyfp4.errors import CheckpointConfigError, CheckpointFileError, InvalidArgumentError, TensorError
 from anyfp4.models.config import DecoderConfig
 from anyfp4.tools.calibration_text import DIALOGUES, PASSAGES
 
@@ -74,6 +74,7 @@ def calibrate_inputs(
         The amax of each module.
 
     Raises:
+        CheckpointError: no tokenizer, one with more tokens than the model, or a text that cannot be read.
         InvalidArgumentError: the file is not text, or is empty.
         TensorError: a layer's input is zero throughout, or not finite.
     """
@@ -87,6 +88,12 @@ def calibrate_inputs(
         windows, notes = _builtin_windows(tokenizer, length)
     else:
         windows = _file_windows(text_file, tokenizer, length, max_windows)
+    largest = max(max(window) for window in windows)
+    if largest >= config.vocab_size:
+        raise CheckpointConfigError(
+            f"the tokenizer here gives token {largest}, but the model has {config.vocab_size} only",
+            file=checkpoint.folder,
+        )
     amax = _input_amax(checkpoint, windows, set(modules), progress)
     for name in modules:
         value = amax[name]
@@ -150,19 +157,17 @@ def _file_windows(file: Path, tokenizer: Tokenizer, length: int, count: int) -> 
 def _input_amax(
     checkpoint: Checkpoint, windows: Sequence[list[int]], modules: set[str], progress: StepProgress | None
 ) -> dict[str, float]:
-    model = _empty_model(checkpoint)
-    rotary = type(model.rotary_emb)(config=model.config)  # the model's own one has no data
+    layer, rotary, count = _layer_parts(checkpoint)
     embedding = checkpoint.tensor("model.embed_tokens.weight")
     hidden = [embedding[torch.tensor(window)].float().unsqueeze(0) for window in windows]  # each [1, T, H]
     del embedding
-    recorder = _Recorder()
-    for i, layer in enumerate(model.layers):
+    amax: dict[str, Tensor] = {}
+    for i in range(count):
         prefix = f"model.layers.{i}."
-        weights = {name: checkpoint.tensor(prefix + name).float() for name in layer.state_dict()}
-        layer.load_state_dict(weights, assign=True)
-        del weights
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(checkpoint.tensor(prefix + name, tuple(parameter.shape)))
         handles = [
-            child.register_forward_pre_hook(recorder.hook(prefix + name))
+            child.register_forward_pre_hook(_recorder(amax, prefix + name))
             for name, child in layer.named_modules()
             if prefix + name in modules
         ]
@@ -176,34 +181,36 @@ def _input_amax(
             )
         for handle in handles:
             handle.remove()
-        layer.to("meta")  # lets the weights go
         if progress is not None:
-            progress(i + 1, len(model.layers))
-    return {name: float(amax) for name, amax in recorder.amax.items()}
+            progress(i + 1, count)
+    return {name: float(value) for name, value in amax.items()}
 
 
-def _empty_model(checkpoint: Checkpoint) -> Any:
-    """The model's layers in transformers, in evaluation mode, without data."""
+def _layer_parts(checkpoint: Checkpoint) -> tuple[nn.Module, nn.Module, int]:
+    """One decoder layer in float32 whose parameters hold no data yet, the rotary embedding, the number of layers.
+
+    All layers are alike (where some attend to a window of tokens, no calibration window is longer), so that one,
+    filled again and again, stands for each.
+    """
     from transformers import AutoConfig, AutoModel  # noqa: PLC0415  (takes seconds to import)
 
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    count = int(config.num_hidden_layers)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, attn_implementation="sdpa"
         )
-    return model.eval()
+    layer: nn.Module = model.layers[0].eval().to_empty(device="cpu")
+    return layer, type(model.rotary_emb)(config=config), count
 
 
-class _Recorder:
-    """Collects the largest magnitude of the inputs of modules."""
+def _recorder(amax: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that keeps the largest magnitude of a module's inputs in ``amax[name]``."""
 
-    def __init__(self) -> None:
-        self.amax: dict[str, Tensor] = {}
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        low, high = inputs[0].aminmax()
+        seen = torch.maximum(-low, high)
+        # torch's maximum, unlike Python's, keeps a NaN
+        amax[name] = torch.maximum(amax.get(name, seen), seen)
 
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = inputs[0].abs().amax()
-            # torch's maximum, unlike Python's, keeps a NaN
-            self.amax[name] = torch.maximum(self.amax.get(name, seen), seen)
-
-        return record
+    return record
