@@ -18,10 +18,16 @@ from anyfp4.errors import EnvironmentVariableError
 VARIABLES: dict[str, str] = {
     "ANYFP4_BACKEND": "linear backend to use, as in `--backend`; a backend that cannot run raises. Default: auto",
     "ANYFP4_CACHE": "folder for downloaded demo models. Default: $XDG_CACHE_HOME/anyfp4 or ~/.cache/anyfp4",
+    "ANYFP4_CPU_ISA": "instruction set of the CPU kernels: auto, avx512, avxvnni, avx2 or portable; one that this "
+    "processor or build lacks raises. The bits do not depend on it. Default: auto",
     "ANYFP4_NUMERICS": "`native` or `blackwell`: the default of `--numerics`. Default: native",
+    "ANYFP4_NUM_THREADS": "threads of the CPU kernels, 1 or more. The bits do not depend on it. Default: one for "
+    "each processor that this process may use",
     "ANYFP4_TEST_CHECKPOINTS": "folder with the real checkpoints that the marked tests read",
 }
 NUMERICS = ("native", "blackwell")
+MAX_THREADS = 1024
+CPU_ISAS = ("auto", "avx512", "avxvnni", "avx2", "portable")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Environment:
     backend: str
     cache: Path
     numerics: str
+    cpu_isa: str = "auto"
+    num_threads: int | None = None
 
 
 def read(environ: Mapping[str, str] | None = None) -> Environment:
@@ -54,7 +62,24 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     backend = env.get("ANYFP4_BACKEND", "auto")
     if not backend:
         raise EnvironmentVariableError("ANYFP4_BACKEND is empty: unset it, or name a backend (`anyfp4 backends`)")
-    return Environment(backend=backend, cache=_cache_folder(env), numerics=numerics)
+    isa = env.get("ANYFP4_CPU_ISA", "auto")
+    if isa not in CPU_ISAS:
+        raise EnvironmentVariableError(f"ANYFP4_CPU_ISA={isa!r}: must be one of {', '.join(CPU_ISAS)}")
+    return Environment(
+        backend=backend,
+        cache=_cache_folder(env),
+        numerics=numerics,
+        cpu_isa=isa,
+        num_threads=_thread_count(env.get("ANYFP4_NUM_THREADS")),
+    )
+
+
+def _thread_count(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS):
+        raise EnvironmentVariableError(f"ANYFP4_NUM_THREADS={text!r}: must be a number from 1 to {MAX_THREADS}")
+    return int(text)
 
 
 def _cache_folder(env: Mapping[str, str]) -> Path:

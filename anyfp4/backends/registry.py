@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from anyfp4.backends.base import Backend
+from anyfp4.backends.cpu import CpuBackend
 from anyfp4.errors import BackendError
 
 REFERENCE = Backend()
 #: in order of preference, per device type; a new backend is added here and nowhere else
 PREFERENCE: dict[str, tuple[Backend, ...]] = {
-    "cpu": (REFERENCE,),
+    "cpu": (CpuBackend(), REFERENCE),
     "cuda": (REFERENCE,),
 }
 

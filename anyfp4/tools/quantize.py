@@ -126,8 +126,8 @@ def quantize_checkpoint(
         raise InvalidArgumentError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if weight_only and calibrate is not None:
         raise InvalidArgumentError("weight-only quantization has no input scales, so there is nothing to calibrate")
-    if source.resolve() == out.resolve():
-        raise InvalidArgumentError(f"{out} is the source, too: choose another folder")
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise InvalidArgumentError(f"{out} holds the source: choose another folder")
     say = progress or (lambda stage, done, total: None)
     with ExitStack() as stack:
         writer = stack.enter_context(CheckpointWriter(out, max_shard_bytes, overwrite=overwrite))

@@ -331,8 +331,9 @@ def test_refuses_a_quantized_source(source: Path, tmp_path: Path) -> None:
 
 
 def test_refuses_itself_and_a_full_folder(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="is the source, too"):
-        quantize_checkpoint(source, source, overwrite=True)
+    for out in (source, source.parent):
+        with pytest.raises(InvalidArgumentError, match="holds the source"):
+            quantize_checkpoint(source, out, overwrite=True)
     (tmp_path / "note.txt").write_text("keep me")
     with pytest.raises(InvalidArgumentError, match="is not empty"):
         quantize_checkpoint(source, tmp_path)

@@ -1,0 +1,178 @@
+// float64 vectors of the instruction set: `vd` and `vf` hold as many float64 and float32 numbers. GCC's and Clang's
+// vector extension gives the operators; fused multiply-add is only used where results do not depend on it.
+
+#if defined(__AVX512F__)
+#define VD 8
+#elif defined(__AVX2__)
+#define VD 4
+#else
+#define VD 2
+#endif
+typedef double vd __attribute__((vector_size(8 * VD)));
+typedef double vd_unaligned __attribute__((vector_size(8 * VD), aligned(4), may_alias));
+typedef float vf __attribute__((vector_size(4 * VD)));
+typedef float vf_unaligned __attribute__((vector_size(4 * VD), aligned(4), may_alias));
+
+static inline vd load(const double* p) { return *reinterpret_cast<const vd_unaligned*>(p); }
+static inline vd load(const float* p) {
+    const vf v = *reinterpret_cast<const vf_unaligned*>(p);
+    return __builtin_convertvector(v, vd);
+}
+static inline void store(double* p, vd v) { *reinterpret_cast<vd_unaligned*>(p) = v; }
+static inline void store(float* p, vd v) { *reinterpret_cast<vf_unaligned*>(p) = __builtin_convertvector(v, vf); }
+static inline vd splat(double x) { return x - vd{}; }
+
+// a b + c, fused or not: for sums whose rounding is settled afterwards.
+static inline vd madd(vd a, vd b, vd c) {
+#if defined(__AVX512F__)
+    return (vd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+    return (vd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline double total(vd v) {
+    double sum = v[0];
+    for (int i = 1; i < VD; ++i) sum += v[i];
+    return sum;
+}
+
+// Dot products of `a` with four rows at once, in float64, any order. T is float or double.
+template <typename T>
+static inline void dot4(const double* a, const T* b0, const T* b1, const T* b2, const T* b3, int64_t n, double* out) {
+    vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + VD <= n; i += VD) {
+        const vd x = load(a + i);
+        s0 = madd(x, load(b0 + i), s0);
+        s1 = madd(x, load(b1 + i), s1);
+        s2 = madd(x, load(b2 + i), s2);
+        s3 = madd(x, load(b3 + i), s3);
+    }
+    double t0 = 0, t1 = 0, t2 = 0, t3 = 0;
+    for (; i < n; ++i) {
+        t0 += a[i] * b0[i];
+        t1 += a[i] * b1[i];
+        t2 += a[i] * b2[i];
+        t3 += a[i] * b3[i];
+    }
+    out[0] = total(s0) + t0;
+    out[1] = total(s1) + t1;
+    out[2] = total(s2) + t2;
+    out[3] = total(s3) + t3;
+}
+
+template <typename T>
+static inline double dot1(const double* a, const T* b, int64_t n) {
+    vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 4 * VD <= n; i += 4 * VD) {
+        s0 = madd(load(a + i), load(b + i), s0);
+        s1 = madd(load(a + i + VD), load(b + i + VD), s1);
+        s2 = madd(load(a + i + 2 * VD), load(b + i + 2 * VD), s2);
+        s3 = madd(load(a + i + 3 * VD), load(b + i + 3 * VD), s3);
+    }
+    double tail = 0;
+    for (; i < n; ++i) tail += a[i] * b[i];
+    return total((s0 + s1) + (s2 + s3)) + tail;
+}
+
+// What the elements of a row have in common. All are multiples of 2^unit (zeros aside), so if |a| |b| < 2^(53 + units)
+// for two rows, float64 sums their products without any rounding. bfloat16 rows are mostly like that; and sums exactly
+// halfway between two float32 numbers, which no error interval can decide, are common among them.
+struct Magnitudes {
+    uint32_t top;     // the largest magnitude's bit pattern; 0x7F800000 and above: not finite
+    uint32_t bottom;  // the smallest non-zero one's, less 1
+    uint32_t bits;    // of all fractions together
+
+    static Magnitudes none() { return {0, 0xFFFFFFFFu, 0}; }
+    void join(const Magnitudes& other) {
+        top = other.top > top ? other.top : top;
+        bottom = other.bottom < bottom ? other.bottom : bottom;
+        bits |= other.bits;
+    }
+    bool finite() const { return top < 0x7F800000; }
+    int unit() const {
+        if (top == 0) return 0;
+        const int field = int((bottom + 1) >> 23);
+        const int zeros = bits ? __builtin_ctz(bits) : 23;
+        return (field ? field : 1) - 150 + zeros;
+    }
+};
+
+static inline Magnitudes magnitudes(const float* x, int64_t n) {
+    uint32_t top = 0, bottom = 0xFFFFFFFFu, bits = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t m = bits_of(x[i]) & 0x7FFFFFFF;
+        top = m > top ? m : top;
+        bottom = m - 1 < bottom ? m - 1 : bottom;
+        bits |= m & 0x7FFFFF;
+    }
+    return {top, bottom, bits};
+}
+
+// The float32 row as float64.
+static inline Magnitudes widen(const float* x, int64_t n, double* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+    return magnitudes(x, n);
+}
+
+// exp as ops/elementary.py defines it, operation by operation.
+static inline float exp_one(float x) {
+    double v = x;
+    v = v < -104.0 ? -104.0 : v;
+    v = v > 89.0 ? 89.0 : v;
+    const double shifter = 0x1.8p52;
+    const double shifted = v * 1.4426950408889634 + shifter;  // the integer is in the low bits
+    const double n = shifted - shifter;
+    const double r = (v - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+    double p = 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    return float(p * double_of((bits_of(shifted) + 1023) << 52));
+}
+
+// ln as ops/elementary.py defines it.
+static inline float log_one(float x) {
+    const double v = x;
+    const uint64_t bits = bits_of(v);
+    const int exponent = int(bits >> 52 & 0x7FF) - 1023;
+    double m = double_of((bits & 0xFFFFFFFFFFFFFull) | uint64_t(1023) << 52);
+    const bool high = m > 1.4142135623730951;
+    m = high ? m * 0.5 : m;
+    const double e = exponent + (high ? 1 : 0);
+    const double s = (m - 1.0) / (m + 1.0);
+    const double z = s * s;
+    const double c[8] = {2.0 / 15, 2.0 / 13, 2.0 / 11, 2.0 / 9, 2.0 / 7, 2.0 / 5, 2.0 / 3, 2.0};
+    double p = c[0];
+    for (int i = 1; i < 8; ++i) p = p * z + c[i];
+    float result = float(e * 0.6931471803691238 + (e * 1.9082149292705877e-10 + s * p));
+    if (x == 0) result = -INFINITY;
+    if (x == INFINITY) result = x;
+    if (x < 0 || x != x) result = float_of(0x7FC00000);
+    return result;
+}
+
+// Exact sum of non-negative numbers (or NaN), rounded once.
+static inline float exact_total(const float* x, int64_t n) {
+    vd s0 = splat(0), s1 = s0;
+    int64_t i = 0;
+    for (; i + 2 * VD <= n; i += 2 * VD) {
+        s0 += load(x + i);
+        s1 += load(x + i + VD);
+    }
+    double sum = total(s0 + s1);
+    for (; i < n; ++i) sum += x[i];
+    float result;
+    if (sum < 0x1p1000 && decided(sum, sum * double(n + 3) * 0x1p-53, &result)) return result;
+    return exact_dot(n, [&](int64_t j) { return x[j]; }, [](int64_t) { return 1.0f; });
+}
