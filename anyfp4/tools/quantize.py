@@ -7,8 +7,8 @@ are. Two choices about the global scale of a weight:
   other runtimes take the largest of a group for all of it.
 - It is the smallest power of two that is at least amax / 2688. Then code × block scale × global scale has six
   significant bits and is exact in bf16, so every reader gets the same weights bit for bit, in whatever order it
-  multiplies, and the divisors of compressed-tensors are exact, too. The error hardly changes: on the 210 layers of
-  SmolLM2-135M the relative mean square error is 0.8970% instead of 0.8960%.
+  multiplies, and the divisors of compressed-tensors are exact, too. The error hardly changes: over the 210 layers of
+  SmolLM2-135M the relative mean square error of the weights is 0.898%; with amax / 2688 it is 0.897%.
 """
 
 from __future__ import annotations
