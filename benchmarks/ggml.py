@@ -57,9 +57,9 @@ class Product:
         self.bytes = b.ggml_row_size(number, k) * n
         size = copies * (self.bytes + 4 * n * x.shape[0] + 4096) + x.numel() * 8 + (64 << 20)
         self.context = b.ggml_init(_InitParams(size, None, False))
-        source = w.to(torch.float32).contiguous()
+        source, tokens = w.to(torch.float32).contiguous(), x.to(torch.float32).contiguous()
         activation = b.ggml_new_tensor_2d(self.context, ggml.types["f32"], k, x.shape[0])
-        ctypes.memmove(b.ggml_get_data(activation), x.to(torch.float32).contiguous().data_ptr(), 4 * x.numel())
+        ctypes.memmove(b.ggml_get_data(activation), tokens.data_ptr(), 4 * x.numel())
         self.graph = b.ggml_new_graph(self.context)
         first = None
         for _ in range(copies):

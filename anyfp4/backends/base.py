@@ -6,6 +6,7 @@ the rest. Every override gives the same bits as the reference for its numerics, 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,10 @@ class Backend:
             k_scale=k_scale,
             v_scale=v_scale,
         )
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Held during a step of the engine: keeps other thread pools from getting in the way of the backend's own."""
+        return nullcontext()
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """See :func:`anyfp4.ops.sampling.log_softmax`."""

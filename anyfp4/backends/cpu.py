@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -134,13 +136,7 @@ class CpuBackend(Backend):
             w, code = weight.weight.contiguous(), _CODE[weight.weight.dtype]
         vectors = [row_scale, _float(weight.bias), pre]
         handle = self.native.DenseLinear(
-            w.data_ptr(),
-            code,
-            _address(block_scale),
-            *weight.shape,
-            *map(_address, vectors),
-            mode,
-            input_scale,
+            w.data_ptr(), code, _address(block_scale), *weight.shape, *map(_address, vectors), mode, input_scale
         )
         return _Prepared(handle, (w,) if block_scale is None else (w, block_scale))
 
@@ -381,6 +377,16 @@ class CpuBackend(Backend):
         except ValueError as error:
             raise InvalidArgumentError(str(error)) from error
         return out
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """See :meth:`Backend.quiet`. torch's threads spin for milliseconds after use, on the cores that ours need."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """See :func:`anyfp4.ops.sampling.log_softmax`."""

@@ -94,6 +94,10 @@ class Engine:
         step = self.scheduler.schedule()
         if not step:
             return []
+        with self.model.ops.quiet():
+            return self._run(step)
+
+    def _run(self, step: SequenceOf[Scheduled]) -> list[Sequence]:
         hidden = self.runner.run(step)
         rows = self._rows(step)
         changed = []

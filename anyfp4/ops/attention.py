@@ -143,6 +143,25 @@ def _attend(
         hidden |= key <= position - sliding_window
     scores.masked_fill_(hidden, -torch.inf)
     weights = elementary.exp(scores - scores.amax(dim=-1, keepdim=True))
-    values = exact.matmul(weights, v) / exact.total(weights).unsqueeze(-1)
+    values = _weighted_values(weights, v, hidden) / exact.total(weights).unsqueeze(-1)
     values = values * torch.tensor(v_scale, dtype=torch.float32, device=q.device)
     return values.view(kv_heads, group, m, dim).permute(2, 0, 1, 3).reshape(m, heads, dim).to(q.dtype)
+
+
+def _weighted_values(weights: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """Σ weight × value over the keys that each row sees.
+
+    Args:
+        weights: float32 [Hkv, rows, L], zero where hidden.
+        v: [Hkv, D, L].
+        hidden: bool [rows, L].
+
+    Returns:
+        float32 [Hkv, rows, D].
+    """
+    v32 = v.to(torch.float32)
+    if bool(torch.isfinite(v32).all()):
+        return exact.matmul(weights, v32)
+    # 0 × NaN is NaN: a value that a row does not see must not reach it, so every row gets its own values
+    rows = [exact.matmul(weights[:, i : i + 1], v32.masked_fill(hidden[i], 0.0)) for i in range(hidden.shape[0])]
+    return torch.cat(rows, dim=1)

@@ -29,7 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.shape != x.shape[-1:]:
         raise InvalidArgumentError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
     mean = exact.square_sum(x) / x.shape[-1]
-    inverse = 1.0 / torch.sqrt(mean + eps)
+    # torch's float32 square root is off by a unit in one value of six on x86 (MKL); float64's rounds to the right one
+    inverse = 1.0 / torch.sqrt((mean + eps).to(torch.float64)).to(torch.float32)
     return (x.to(torch.float32) * inverse.unsqueeze(-1) * weight.to(torch.float32)).to(x.dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,14 @@ def test_rms_norm_value() -> None:
     expected = x64 / torch.sqrt((x64 * x64).mean(-1, keepdim=True) + 1e-5) * w.double()
     # mean (sum and division), + eps, √, 1/·, ·x, ·w: 7 roundings of at most 2⁻²⁴ relative each (√ halves some)
     assert ((norm.rms_norm(x, w, 1e-5).double() - expected).abs() <= 7 * 2.0**-24 * expected.abs()).all()
+
+
+def test_rms_norm_square_root_is_correctly_rounded() -> None:
+    """numpy's square root is the processor's, which IEEE 754 requires to be right; torch's may not be."""
+    x = (torch.rand(4000, 1, generator=torch.Generator().manual_seed(1)) + 0.5).to(torch.float32)
+    mean = (x * x).numpy()  # K = 1: the sum is the square, rounded once
+    expected = x * (1.0 / torch.from_numpy(np.sqrt(mean + np.float32(0.25))))
+    assert_same_bits(norm.rms_norm(x, torch.ones(1), 0.25), expected)
 
 
 def test_silu_mul_value() -> None:
@@ -145,6 +154,21 @@ def test_attention_chunks_agree() -> None:
         first = run(q[:cut], (k_cache, v_cache), table, [cut], [cut])
         second = run(q[cut:], (k_cache, v_cache), table, [40], [40 - cut])
         assert_same_bits(torch.cat((first, second)), whole, f"cut at {cut}")
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_what_a_row_does_not_see_cannot_reach_it(window: int | None) -> None:
+    """A NaN among the values of a later key, or of one that left the window, changes nothing."""
+    k_cache, v_cache, table, _, _ = make_cache([20], 8, 1, 16, torch.float32)
+    q = rand(20, 2, 16, seed=3, dtype=torch.float32)
+    clean = run(q, (k_cache, v_cache), table, [20], [20], sliding_window=window)
+    block, offset = int(table[0, 1]), 4  # position 12
+    v_cache[block, offset] = float("nan")
+    got = run(q, (k_cache, v_cache), table, [20], [20], sliding_window=window)
+    last = 20 if window is None else 12 + window
+    assert_same_bits(got[:12], clean[:12])
+    assert got[12:last].isnan().all()
+    assert_same_bits(got[last:], clean[last:])
 
 
 def test_bad_shapes() -> None:

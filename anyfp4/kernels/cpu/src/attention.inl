@@ -67,24 +67,22 @@ static Magnitudes widen_tile(const AttentionArgs& a, const void* cache, int64_t 
     return all;
 }
 
-// sums[dim] += sum over keys of weights[key] v[key].
+// sums[d ...] += sum over keys of weights[key] v[key][d ...], N vectors of it.
+template <int N>
+static inline void add_values_strip(const double* weights, const double* v, int64_t keys, int64_t dim, double* sums) {
+    vd s[N];
+    for (int j = 0; j < N; ++j) s[j] = load(sums + j * VD);
+    for (int64_t key = 0; key < keys; ++key, v += dim) {
+        const vd w = splat(weights[key]);
+        for (int j = 0; j < N; ++j) s[j] = madd(w, load(v + j * VD), s[j]);
+    }
+    for (int j = 0; j < N; ++j) store(sums + j * VD, s[j]);
+}
+
 static inline void add_values(const double* weights, const double* v, int64_t keys, int64_t dim, double* sums) {
     int64_t d = 0;
-    for (; d + 4 * VD <= dim; d += 4 * VD) {
-        vd s0 = load(sums + d), s1 = load(sums + d + VD), s2 = load(sums + d + 2 * VD), s3 = load(sums + d + 3 * VD);
-        for (int64_t key = 0; key < keys; ++key) {
-            const vd w = splat(weights[key]);
-            const double* p = v + key * dim + d;
-            s0 = madd(w, load(p), s0);
-            s1 = madd(w, load(p + VD), s1);
-            s2 = madd(w, load(p + 2 * VD), s2);
-            s3 = madd(w, load(p + 3 * VD), s3);
-        }
-        store(sums + d, s0);
-        store(sums + d + VD, s1);
-        store(sums + d + 2 * VD, s2);
-        store(sums + d + 3 * VD, s3);
-    }
+    for (; d + 8 * VD <= dim; d += 8 * VD) add_values_strip<8>(weights, v + d, keys, dim, sums + d);
+    for (; d + 2 * VD <= dim; d += 2 * VD) add_values_strip<2>(weights, v + d, keys, dim, sums + d);
     for (; d < dim; ++d)
         for (int64_t key = 0; key < keys; ++key) sums[d] += weights[key] * v[key * dim + d];
 }

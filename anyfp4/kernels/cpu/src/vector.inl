@@ -44,6 +44,7 @@ template <typename T>
 static inline void dot4(const double* a, const T* b0, const T* b1, const T* b2, const T* b3, int64_t n, double* out) {
     vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
+#pragma GCC unroll 4
     for (; i + VD <= n; i += VD) {
         const vd x = load(a + i);
         s0 = madd(x, load(b0 + i), s0);
