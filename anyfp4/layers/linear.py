@@ -10,7 +10,7 @@ from torch import Tensor
 from anyfp4.backends import registry
 from anyfp4.backends.base import Backend, PreparedLinear
 from anyfp4.formats.nvfp4 import NVFP4Tensor
-from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import DenseWeight, LinearWeight, NVFP4Weight
 
 
 class Linear:
@@ -91,12 +91,3 @@ def _join(group: list[LinearWeight]) -> LinearWeight:
 def _not_none(t: Tensor | None) -> Tensor:
     assert t is not None
     return t
-
-
-def kind(weight: LinearWeight) -> str:
-    """``NVFP4 W4A4``, ``NVFP4 weight-only``, ``FP8`` or ``dense bfloat16`` and the like, for people to read."""
-    if isinstance(weight, NVFP4Weight):
-        return "NVFP4 weight-only" if weight.weight_only else "NVFP4 W4A4"
-    if isinstance(weight, FP8Weight):
-        return "FP8"
-    return f"dense {str(weight.weight.dtype).removeprefix('torch.')}"

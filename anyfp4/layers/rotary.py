@@ -38,7 +38,7 @@ def cos_sin_table(head_dim: int, positions: int, kind: str, theta: float, parame
     elif kind == "llama3":
         frequencies = [_llama3(f, parameters) for f in frequencies]
     elif kind == "yarn":
-        frequencies = _yarn(frequencies, head_dim, positions, theta, parameters)
+        frequencies = _yarn(frequencies, head_dim, theta, parameters)
         scale = _yarn_scale(parameters)
     elif kind != "default":
         raise UnsupportedError(f"rope_type {kind!r} is not supported")
@@ -66,8 +66,8 @@ def _llama3(frequency: float, p: dict[str, float]) -> float:
     return (1 - smooth) * frequency / p["factor"] + smooth * frequency
 
 
-def _yarn(frequencies: list[float], head_dim: int, positions: int, theta: float, p: dict[str, float]) -> list[float]:
-    original = p.get("original_max_position_embeddings", positions)
+def _yarn(frequencies: list[float], head_dim: int, theta: float, p: dict[str, float]) -> list[float]:
+    original = p["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))

@@ -193,6 +193,8 @@ def _read_rope(config: Mapping[str, Any], file: str) -> RopeConfig:
         if not isinstance(parameters.get(name), int | float):
             raise CheckpointConfigError(f"rope_type {kind!r} needs {name}", file=file)
     numbers = {k: float(v) for k, v in parameters.items() if isinstance(v, int | float)}
+    if kind == "yarn":  # as transformers does; never the length that an engine happens to be set up for
+        numbers.setdefault("original_max_position_embeddings", float(config["max_position_embeddings"]))
     return RopeConfig(kind, float(theta), numbers)
 
 

@@ -15,7 +15,7 @@ from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError, UnsupportedError
 from anyfp4.formats import NVFP4Tensor, e4m3
 from anyfp4.formats.nvfp4 import dequantize_blocks, quantize_blocks
-from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.numerics import blackwell, hopper
 from anyfp4.ops import exact
 
@@ -151,8 +151,3 @@ def _fp8_linear(x: Tensor, weight: FP8Weight) -> Tensor:
         scale = torch.where(amax == 0, torch.ones_like(amax), amax / e4m3.MAX)
     quantized = e4m3.encode(x32 * (1.0 / scale))
     return exact.matmul(quantized, weight.weight) * (scale * weight.weight_scale)
-
-
-def is_dense(weight: LinearWeight) -> bool:
-    """Whether ``weight`` is unquantized."""
-    return isinstance(weight, DenseWeight)
