@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit sanitize clean
 
 demo: $(STAMP)  ## install, fetch the demo model, quantize it, generate text
 	$(BIN)/anyfp4 demo
@@ -20,6 +20,9 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+sanitize: $(STAMP)  ## kernel tests under ASan and UBSan
+	PYTHON=$(BIN)/python sh tests/kernels/sanitize.sh
 
 # torch first and alone: with it installed, nothing else pulls another build of it
 $(STAMP): pyproject.toml constraints.txt
