@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from anyfp4.layers.rotary import cos_sin_table
 from anyfp4.models.config import DecoderConfig
 from anyfp4.models.decoder import Block, Decoder
 
+_LOG = logging.getLogger(__name__)
 #: called with (bytes loaded, bytes in all)
 Progress = Callable[[int, int], None]
 #: tensors that some exporters write and no decoder reads
@@ -79,6 +81,10 @@ class _Loader:
         self.max_positions = max_positions or config.max_position
         self.progress = progress
         self.ops = registry.select(device, numerics=numerics, requested=backend)
+        if backend == "auto" and self.ops is registry.REFERENCE:
+            rows = registry.table(device, numerics=numerics)
+            reasons = "; ".join(f"{r.name}: {r.reason}" for r in rows if not r.chosen)
+            _LOG.warning("running on the reference backend, which is slow (%s)", reasons)
         self.done = 0
 
     def load(self) -> Decoder:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from anyfp4 import LLM, EngineConfig, SamplingParams
+from anyfp4.backends import registry
 from anyfp4.errors import BackendError, CheckpointFileError, EnvironmentVariableError, InvalidArgumentError
 from anyfp4.llm import RequestOutput
 from anyfp4.testing.models import all_logits
@@ -193,3 +194,21 @@ def test_bad_settings(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("ANYFP4_NUMERIC", "blackwell")
     with pytest.raises(EnvironmentVariableError, match="did you mean ANYFP4_NUMERICS"):
         LLM(tiny_model)
+
+
+def test_the_slow_fallback_says_so_once(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if registry.select(torch.device("cpu")) is registry.REFERENCE:
+        pytest.skip("no compiled kernels here to fall back from")
+    fast = LLM(tiny_model)
+    assert not caplog.records
+    for backend in registry.PREFERENCE["cpu"][:-1]:
+        monkeypatch.setattr(type(backend), "why_not", lambda *_, **__: "not built")
+    slow = LLM(tiny_model)
+    assert [r.getMessage() for r in caplog.records] == [
+        "running on the reference backend, which is slow (cpu: not built)"
+    ]
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=5, logprobs=1)
+    same(slow.generate("hello", params)[0], fast.generate("hello", params)[0])
+    assert len(caplog.records) == 1
