@@ -14,7 +14,7 @@ from rich.text import Text
 
 import anyfp4
 from anyfp4 import envs
-from anyfp4.entrypoints.console import byte_progress, stage_progress, stderr, stdout
+from anyfp4.entrypoints.console import byte_progress, stderr, stdout
 from anyfp4.errors import AnyFP4Error, InvalidArgumentError
 
 app = typer.Typer(
@@ -158,10 +158,11 @@ def quantize(
 ) -> None:
     """Quantize a model to NVFP4."""
     from anyfp4.checkpoint.locate import locate  # noqa: PLC0415
+    from anyfp4.tools.progress import StageBars  # noqa: PLC0415
     from anyfp4.tools.quantize import quantize_checkpoint  # noqa: PLC0415
 
     path = Path(source).expanduser()
-    with stage_progress() as progress:
+    with StageBars(stderr) as bars:
         summary = quantize_checkpoint(
             path if path.exists() else locate(source, revision, say=stderr.print),
             out,
@@ -170,7 +171,7 @@ def quantize(
             calibrate=calibrate,
             ignore=tuple(ignore or ()),
             overwrite=overwrite,
-            progress=progress,
+            progress=bars.update,
         )
     for note in (*summary.notes, *(f"warning: {w}" for w in summary.warnings)):
         stderr.print(note, highlight=False)

