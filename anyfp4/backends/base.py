@@ -6,9 +6,10 @@ the rest. Every override gives the same bits as the reference for its numerics, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,68 @@ class PreparedLinear:
     data: Any
 
 
+class CachePair(Protocol):
+    """Keys and values of one layer: [blocks, block_size, Hkv, D] each."""
+
+    @property
+    def k(self) -> Tensor:
+        """The keys."""
+        ...
+
+    @property
+    def v(self) -> Tensor:
+        """The values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """One decoder layer for :meth:`Backend.fuse`; the names are those of ``layers/`` and ``models/decoder.py``.
+
+    Attributes:
+        qkv, o, gate_up, down: the parts of each linear layer, all prepared by the backend that is asked.
+    """
+
+    input_norm: Tensor
+    qkv: Sequence[PreparedLinear]
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Sequence[PreparedLinear]
+    post_attention_norm: Tensor
+    gate_up: Sequence[PreparedLinear]
+    down: Sequence[PreparedLinear]
+    k_scale: float
+    v_scale: float
+    sliding_window: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderPlan:
+    """All layers of a decoder and the norm after them.
+
+    Attributes:
+        norm: [hidden].
+        cos_sin: float32 [positions, 2, D/2].
+    """
+
+    layers: Sequence[LayerPlan]
+    norm: Tensor
+    cos_sin: Tensor
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+
+
+class FusedDecoder(Protocol):
+    """A decoder's layers as one call, with the bits of the op-by-op loop in ``models/decoder.py``."""
+
+    def __call__(
+        self, residual: Tensor, positions: Tensor, caches: Sequence[CachePair], batch: AttentionBatch
+    ) -> Tensor:
+        """Embedded tokens [T, hidden] to normalised hidden states [T, hidden]; writes the caches."""
+
+
 class Backend:
     """The reference backend: torch, any device, both numerics; the oracle of all others."""
 
@@ -60,6 +123,11 @@ class Backend:
     def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
         """See :func:`anyfp4.ops.linear.linear`."""
         return linear.linear(x, prepared.data, numerics=prepared.numerics, out_dtype=out_dtype)
+
+    def fuse(self, plan: DecoderPlan) -> FusedDecoder | None:
+        """A decoder's layers as one call, or None: then they run op by op."""
+        del plan
+        return None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See :func:`anyfp4.ops.norm.rms_norm`."""

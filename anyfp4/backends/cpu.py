@@ -1,7 +1,7 @@
 """The compiled CPU backend: every op of the decoder in C++, bit for bit as the reference, for both numerics.
 
 A call passes addresses and sizes to the extension, so this module checks all shapes, dtypes, devices and strides
-first. The checks are written to be short: a decode step of a small model makes some three hundred calls.
+first. A decoder's layers usually run as one call (``cpu_layers``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -19,26 +18,15 @@ import torch
 from torch import Tensor
 
 from anyfp4 import envs
-from anyfp4.backends.base import Backend, PreparedLinear
+from anyfp4.backends import cpu_layers
+from anyfp4.backends.base import Backend, DecoderPlan, FusedDecoder, PreparedLinear
+from anyfp4.backends.cpu_layers import check_batch
+from anyfp4.backends.cpu_weights import CACHE_CODE, CODE, FP8, inverse_scale, prepare
 from anyfp4.errors import BackendError, InvalidArgumentError
-from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
-from anyfp4.ops import linear as reference
+from anyfp4.formats.weights import LinearWeight
 from anyfp4.ops.attention import AttentionBatch
 
 _MODULE = "anyfp4.kernels.cpu._native"
-#: what the extension calls the dtypes
-_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CACHE_CODE = {**_CODE, torch.float8_e4m3fn: 3}
-_FP8, _NVFP4 = 3, 4
-_AS_IT_IS, _FP8_STATIC, _FP8_DYNAMIC = 0, 1, 2
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A layer in the extension, and the tensors whose memory it reads."""
-
-    handle: Any
-    tensors: tuple[Tensor, ...]
 
 
 class CpuBackend(Backend):
@@ -94,64 +82,27 @@ class CpuBackend(Backend):
             raise InvalidArgumentError(f"the weight lies on {weight.weight.device}, not on the CPU")
         if numerics not in envs.NUMERICS:
             raise InvalidArgumentError(f"numerics must be 'native' or 'blackwell', got {numerics!r}")
-        if isinstance(weight, NVFP4Weight) and not weight.weight_only:
-            handle = self._w4a4(weight)
-            return PreparedLinear(self.name, weight.shape, numerics, handle.nbytes, _Prepared(handle, ()))
-        data = self._dense(weight)
+        data = prepare(self.native, weight)
         nbytes = data.handle.nbytes + sum(t.nbytes for t in data.tensors)
         return PreparedLinear(self.name, weight.shape, numerics, nbytes, data)
 
-    def _w4a4(self, weight: NVFP4Weight) -> Any:
-        tensor = weight.weight
-        assert weight.input_global_scale is not None
-        rows: list[int] = []
-        inverses: list[float] = []
-        for size, inverse in zip(tensor.shard_sizes, (1.0 / weight.input_global_scale).tolist(), strict=True):
-            if inverses and inverses[-1] == inverse:
-                rows[-1] += size
-            else:
-                rows.append(size)
-                inverses.append(inverse)
-        packed, scale = tensor.packed.contiguous(), tensor.block_scale.contiguous()
-        vectors = [_row_alpha(weight), _float(weight.bias), _float(weight.pre_quant_scale)]
-        return self.native.NvFP4Linear(
-            packed.data_ptr(), scale.data_ptr(), *weight.shape, *map(_address, vectors), rows, inverses
-        )
-
-    def _dense(self, weight: LinearWeight) -> _Prepared:
-        block_scale: Tensor | None = None
-        row_scale: Tensor | None = None
-        pre: Tensor | None = None
-        mode, input_scale = _AS_IT_IS, 1.0
-        if isinstance(weight, NVFP4Weight):
-            w, code = weight.weight.packed.contiguous(), _NVFP4
-            block_scale = weight.weight.block_scale.contiguous()
-            row_scale, pre = _row_alpha(weight), _float(weight.pre_quant_scale)
-        elif isinstance(weight, FP8Weight):
-            w, code = weight.weight.contiguous(), _FP8
-            row_scale = weight.weight_scale.expand(weight.shape[0]).contiguous()
-            mode = _FP8_DYNAMIC if weight.input_scale is None else _FP8_STATIC
-            input_scale = 1.0 if weight.input_scale is None else float(weight.input_scale)
-        else:
-            w, code = weight.weight.contiguous(), _CODE[weight.weight.dtype]
-        vectors = [row_scale, _float(weight.bias), pre]
-        handle = self.native.DenseLinear(
-            w.data_ptr(), code, _address(block_scale), *weight.shape, *map(_address, vectors), mode, input_scale
-        )
-        return _Prepared(handle, (w,) if block_scale is None else (w, block_scale))
+    def fuse(self, plan: DecoderPlan) -> FusedDecoder | None:
+        """See :meth:`Backend.fuse`."""
+        # a subclass may have changed a single op, which the compiled layers would not notice
+        return cpu_layers.fuse(self.native, plan) if type(self) is CpuBackend else None
 
     def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
         """See :func:`anyfp4.ops.linear.linear`."""
         n, k = prepared.shape
         shape = x.shape
-        code = _CODE.get(x.dtype)
+        code = CODE.get(x.dtype)
         if code is None or not shape or shape[-1] != k or not x.is_cpu:
             raise InvalidArgumentError(
                 f"x must be bfloat16, float16 or float32 [..., {k}] on the CPU, got {x.dtype} {list(shape)} "
                 f"on {x.device}"
             )
         out_dtype = out_dtype or x.dtype
-        out_code = _CODE.get(out_dtype)
+        out_code = CODE.get(out_dtype)
         if out_code is None:
             raise InvalidArgumentError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
         x = x.contiguous()
@@ -194,7 +145,7 @@ class CpuBackend(Backend):
 
     @staticmethod
     def _check_norm(x: Tensor, weight: Tensor) -> tuple[int, int, int]:
-        code, weight_code = _CODE.get(x.dtype), _CODE.get(weight.dtype)
+        code, weight_code = CODE.get(x.dtype), CODE.get(weight.dtype)
         if (
             code is None
             or weight_code is None
@@ -211,7 +162,7 @@ class CpuBackend(Backend):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See :func:`anyfp4.ops.activation.silu_mul`."""
-        code, shape = _CODE.get(gate_up.dtype), gate_up.shape
+        code, shape = CODE.get(gate_up.dtype), gate_up.shape
         if code is None or not shape or shape[-1] % 2 or not gate_up.is_cpu:
             raise InvalidArgumentError(
                 f"gate_up must be a float [..., even] on the CPU, got {gate_up.dtype} {list(shape)}"
@@ -226,7 +177,7 @@ class CpuBackend(Backend):
 
     def apply_rope(self, x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
         """See :func:`anyfp4.ops.rope.apply_rope`."""
-        code, half = _CODE.get(x.dtype), cos_sin.shape[-1]
+        code, half = CODE.get(x.dtype), cos_sin.shape[-1]
         if code is None or x.dim() != 3 or x.shape[2] != 2 * half or positions.shape != x.shape[:1] or not x.is_cpu:
             raise InvalidArgumentError(
                 f"x {x.dtype} {list(x.shape)} must be [T, H, {2 * half}] and positions {list(positions.shape)} [T]"
@@ -277,7 +228,7 @@ class CpuBackend(Backend):
             raise InvalidArgumentError(f"slots must be int64 [T], got {slots.dtype} {list(slots.shape)}")
         slots = slots.contiguous()
         for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-            code, cache_code = _CODE.get(new.dtype), _CACHE_CODE.get(cache.dtype)
+            code, cache_code = CODE.get(new.dtype), CACHE_CODE.get(cache.dtype)
             if (
                 code is None
                 or cache_code is None
@@ -293,9 +244,7 @@ class CpuBackend(Backend):
                 )
             tokens, heads, dim = new.shape
             rows, stride = _token_stride(new)
-            inverse = 1.0
-            if cache_code == _FP8 and scale != 1.0:
-                inverse = float(1.0 / torch.tensor(scale, dtype=torch.float32))
+            inverse = inverse_scale(scale) if cache_code == FP8 else 1.0
             if not self.native.write_cache(
                 rows.data_ptr(),
                 stride,
@@ -325,7 +274,7 @@ class CpuBackend(Backend):
         v_scale: float = 1.0,
     ) -> Tensor:
         """See :func:`anyfp4.ops.attention.attention`."""
-        code, cache_code = _CODE.get(q.dtype), _CACHE_CODE.get(k_cache.dtype)
+        code, cache_code = CODE.get(q.dtype), CACHE_CODE.get(k_cache.dtype)
         if (
             code is None
             or cache_code is None
@@ -346,7 +295,7 @@ class CpuBackend(Backend):
             raise InvalidArgumentError(f"sliding_window must be at least 1, got {sliding_window}")
         tokens, heads, dim = q.shape
         q, stride = _token_stride(q)
-        starts, lengths, table = _check_batch(batch)
+        starts, lengths, table = check_batch(batch)
         out = torch.empty((tokens, heads, dim), dtype=q.dtype)
         blocks, block_size, kv_heads, _ = k_cache.shape
         try:
@@ -408,20 +357,6 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _row_alpha(weight: NVFP4Weight) -> Tensor:
-    """The alpha of each row: float32 [N]."""
-    sizes = torch.tensor(weight.weight.shard_sizes)
-    return reference.alpha(weight).repeat_interleave(sizes)
-
-
-def _float(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.to(torch.float32).contiguous()
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _token_stride(x: Tensor) -> tuple[Tensor, int]:
     """[T, H, D] with heads side by side, and the elements from token to token; a view if it can be."""
     _, heads, dim = x.shape
@@ -429,18 +364,3 @@ def _token_stride(x: Tensor) -> tuple[Tensor, int]:
     if strides[2] == 1 and (strides[1] == dim or heads == 1):
         return x, strides[0]
     return x.contiguous(), heads * dim
-
-
-def _check_batch(batch: AttentionBatch) -> tuple[Tensor, Tensor, Tensor]:
-    starts, lengths, table = batch.query_start, batch.context_len, batch.block_table
-    for name, t, dim in (("query_start", starts, 1), ("context_len", lengths, 1), ("block_table", table, 2)):
-        if t.dtype != torch.int32 or t.dim() != dim or not t.is_cpu:
-            raise InvalidArgumentError(f"{name} must be int32 of {dim} axes on the CPU, got {t.dtype} {list(t.shape)}")
-    if starts.shape[0] != lengths.shape[0] + 1 or table.shape[0] != lengths.shape[0]:
-        raise InvalidArgumentError(
-            f"query_start {list(starts.shape)}, context_len {list(lengths.shape)} and block_table "
-            f"{list(table.shape)} must be [S + 1], [S] and [S, B]"
-        )
-    if table.stride(1) != 1 and table.shape[1] > 1:
-        table = table.contiguous()
-    return starts.contiguous(), lengths.contiguous(), table

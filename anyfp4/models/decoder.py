@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from anyfp4.backends.base import Backend
+from anyfp4.backends.base import Backend, DecoderPlan, FusedDecoder, LayerPlan, PreparedLinear
 from anyfp4.layers.attention import Attention, LayerCache
 from anyfp4.layers.linear import Linear
 from anyfp4.layers.mlp import MLP
@@ -72,8 +73,10 @@ class Decoder:
         Returns:
             [T, hidden], normalised, ready for :meth:`logits`.
         """
-        eps = self.config.rms_norm_eps
         residual = self.embedding[tokens]
+        if self.fused is not None:
+            return self.fused(residual, positions, caches, batch)
+        eps = self.config.rms_norm_eps
         update: Tensor | None = None
         for block, cache in zip(self.blocks, caches, strict=True):
             x, residual = self._norm(update, residual, block.input_norm, eps)
@@ -81,6 +84,40 @@ class Decoder:
             x, residual = self._norm(x, residual, block.post_attention_norm, eps)
             update = block.mlp(x)
         return self._norm(update, residual, self.norm, eps)[0]
+
+    @cached_property
+    def fused(self) -> FusedDecoder | None:
+        """The layers as one call of the backend, if it has such a thing and runs all of their linear layers."""
+        layers = []
+        for block in self.blocks:
+            a, mlp = block.attention, block.mlp
+            parts = [self._parts(linear) for linear in (a.qkv, a.o, mlp.gate_up, mlp.down)]
+            if a.ops is not self.ops or mlp.ops is not self.ops or not all(parts):
+                return None
+            layers.append(
+                LayerPlan(
+                    input_norm=block.input_norm,
+                    qkv=parts[0],
+                    q_norm=a.q_norm,
+                    k_norm=a.k_norm,
+                    o=parts[1],
+                    post_attention_norm=block.post_attention_norm,
+                    gate_up=parts[2],
+                    down=parts[3],
+                    k_scale=a.k_scale,
+                    v_scale=a.v_scale,
+                    sliding_window=a.sliding_window,
+                )
+            )
+        c = self.config
+        return self.ops.fuse(
+            DecoderPlan(layers, self.norm, self.cos_sin, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
+        )
+
+    def _parts(self, linear: Linear) -> list[PreparedLinear]:
+        """A linear layer's parts, or none if another backend runs one of them."""
+        found = [prepared for backend, prepared in linear.parts if backend is self.ops]
+        return found if len(found) == len(linear.parts) else []
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] to float32 [T, vocab]."""

@@ -10,7 +10,9 @@ def set_bf16_nan(bits: int) -> None: ...
 def slow_outputs() -> int: ...
 def plain_read(address: int, nbytes: int, /) -> int: ...
 
-class NvFP4Linear:
+class Linear: ...
+
+class NvFP4Linear(Linear):
     def __init__(
         self,
         packed: int,
@@ -32,7 +34,7 @@ class NvFP4Linear:
     @property
     def nbytes(self) -> int: ...
 
-class DenseLinear:
+class DenseLinear(Linear):
     def __init__(
         self,
         w: int,
@@ -50,6 +52,48 @@ class DenseLinear:
     def run(self, x: int, rows: int, x_dtype: int, out: int, out_dtype: int, /) -> None: ...
     @property
     def nbytes(self) -> int: ...
+
+class DecoderStack:
+    def __init__(
+        self,
+        dtype: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        eps: float,
+        norm: int,
+        cos_sin: int,
+        positions: int,
+        /,
+    ) -> None: ...
+    def add_layer(
+        self,
+        norms: list[int],  # input, after attention, of q, of k
+        projections: list[list[Linear]],  # qkv, o, gate_up, down
+        scales: list[float],  # of scores, of values, into the cache of keys, of values
+        window: int,
+        /,
+    ) -> bool: ...
+    def run(
+        self,
+        residual: int,  # overwritten
+        out: int,
+        tokens: int,
+        positions: int,
+        slots: int,
+        query_start: int,
+        context_len: int,
+        block_table: int,
+        table_stride: int,
+        sequences: int,
+        columns: int,
+        caches: list[int],  # k and v of each layer
+        cache_dtype: int,
+        blocks: int,
+        block_size: int,
+        /,
+    ) -> None: ...
 
 def rms_norm(
     x: int,

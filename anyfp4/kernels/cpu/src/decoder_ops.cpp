@@ -60,21 +60,24 @@ bool write_cache(const void* k, int64_t k_stride, int dtype, void* cache, int ca
     for (int64_t t = 0; t < tokens; ++t)
         if (slots[t] < 0 || slots[t] >= slot_count) return false;
     scratch.reserve(size_t(width) * sizeof(float));
-    float* row = scratch.as<float>();
     const uint16_t nan = bf16_nan();
-    for (int64_t t = 0; t < tokens; ++t) {
-        const void* from = element(k, t * k_stride, dtype);
-        void* to = element(cache, slots[t] * width, cache_dtype);
-        if (dtype == cache_dtype) {
-            memcpy(to, from, size_t(width * dtype_size(dtype)));
-            continue;
-        }
-        kernels().load_row(from, 0, width, dtype, row);
-        if (cache_dtype == F8)
-            for (int64_t i = 0; i < width; ++i) row[i] *= inverse_scale;
-        kernels().store_row(to, width, cache_dtype, row, nan);
-    }
+    for (int64_t t = 0; t < tokens; ++t)
+        write_cache_row(element(k, t * k_stride, dtype), dtype, cache, cache_dtype, slots[t], width, inverse_scale,
+                        scratch.as<float>(), nan);
     return true;
+}
+
+void write_cache_row(const void* from, int dtype, void* cache, int cache_dtype, int64_t slot, int64_t width,
+                     float inverse_scale, float* row, uint16_t nan) {
+    void* to = element(cache, slot * width, cache_dtype);
+    if (dtype == cache_dtype) {
+        memcpy(to, from, size_t(width * dtype_size(dtype)));
+        return;
+    }
+    kernels().load_row(from, 0, width, dtype, row);
+    if (cache_dtype == F8)
+        for (int64_t i = 0; i < width; ++i) row[i] *= inverse_scale;
+    kernels().store_row(to, width, cache_dtype, row, nan);
 }
 
 void log_softmax(const float* x, float* y, int64_t rows, int64_t n) {
@@ -110,16 +113,16 @@ void attention(const AttentionArgs& args, int64_t sequences) {
     // query tokens of one item: enough rows to share the widened keys, little enough scratch for the cache
     const int64_t rows = std::clamp<int64_t>((1 << 17) / longest, 1, 96);
     const int64_t tokens = std::max<int64_t>(1, rows / group);
-    // with few tokens, each query head is an item of its own, so that all threads have work
-    const bool split = fresh * args.kv_heads < 4 * get_threads() && get_threads() > 1;
+    // with less than one KV head for each thread, each query head is an item of its own
+    const bool split = fresh * args.kv_heads < get_threads();
     std::vector<AttentionItem> items;
     for (int64_t s = 0; s < sequences; ++s)
         for (int64_t t = args.query_start[s]; t < args.query_start[s + 1]; t += tokens)
             for (int64_t h = 0; h < args.heads; h += split ? 1 : group)
                 items.push_back({s, t, std::min<int64_t>(t + tokens, args.query_start[s + 1]), h,
                                  h + (split ? 1 : group)});
-    const int64_t work_per_item = std::max<int64_t>(1, longest * args.dim);
-    parallel_for(int64_t(items.size()), std::max<int64_t>(1, 2 * SMALL / work_per_item), [&](int64_t begin, int64_t end) {
+    const int64_t work_per_item = std::max<int64_t>(1, longest * args.dim * (split ? 1 : group));
+    parallel_for(int64_t(items.size()), std::max<int64_t>(1, SMALL / work_per_item), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             scratch.reserve(size_t(kernels().attention_scratch(args, items[size_t(i)])));
             kernels().attention(args, items[size_t(i)], scratch.data());

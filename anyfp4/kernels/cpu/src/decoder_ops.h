@@ -20,6 +20,9 @@ bool rope(const void* x, int64_t x_stride, void* y, const int64_t* positions, in
 // E4M3(k inverse_scale). False if a slot lies outside: nothing is written then.
 bool write_cache(const void* k, int64_t k_stride, int dtype, void* cache, int cache_dtype, const int64_t* slots,
                  int64_t slot_count, int64_t tokens, int64_t width, float inverse_scale);
+// One slot of it; row: scratch [width].
+void write_cache_row(const void* from, int dtype, void* cache, int cache_dtype, int64_t slot, int64_t width,
+                     float inverse_scale, float* row, uint16_t bf16_nan);
 // float32 [rows, n].
 void log_softmax(const float* x, float* y, int64_t rows, int64_t n);
 

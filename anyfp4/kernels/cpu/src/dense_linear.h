@@ -9,6 +9,7 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "linear.h"
 
 namespace anyfp4 {
 
@@ -19,17 +20,16 @@ enum class Input : int {
     FP8_DYNAMIC = 2,  // likewise, one scale per token: amax / 448
 };
 
-class DenseLinear {
+class DenseLinear : public Linear {
 public:
     // w: [n, k] of w_dtype (NVFP4: packed codes, and block_scale), row_scale, bias: [n] or null, pre: [k] or null.
     DenseLinear(const void* w, int w_dtype, const uint8_t* block_scale, int64_t n, int64_t k, const float* row_scale,
                 const float* bias, const float* pre, Input input, float input_scale);
 
-    // x: [m, k] of x_dtype, out: [m, n] of out_dtype, both contiguous.
-    void run(const void* x, int64_t m, int x_dtype, void* out, int out_dtype) const;
+    void run(const void* x, int64_t m, int x_dtype, void* out, int out_dtype) const override;
 
-    int64_t n() const { return args_.n; }
-    int64_t k() const { return args_.k; }
+    int64_t n() const override { return args_.n; }
+    int64_t k() const override { return args_.k; }
     // memory held beside the weight
     int64_t nbytes() const;
 

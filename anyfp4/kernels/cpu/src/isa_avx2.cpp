@@ -20,6 +20,8 @@ namespace ISA_NAMESPACE {
 #include "elementwise.inl"
 #include "dense.inl"
 #include "attention.inl"
+#include "attention_tiles.inl"
+#include "attention_one.inl"
 }  // namespace ISA_NAMESPACE
 
 using namespace ISA_NAMESPACE;

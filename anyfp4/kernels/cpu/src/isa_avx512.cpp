@@ -14,6 +14,8 @@ namespace avx512 {
 #include "elementwise.inl"
 #include "dense.inl"
 #include "attention.inl"
+#include "attention_tiles.inl"
+#include "attention_one.inl"
 }  // namespace avx512
 
 using namespace avx512;

@@ -12,6 +12,8 @@ namespace portable {
 #include "elementwise.inl"
 #include "dense.inl"
 #include "attention.inl"
+#include "attention_tiles.inl"
+#include "attention_one.inl"
 }  // namespace portable
 
 using namespace portable;

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "decoder_ops.h"
+#include "decoder_stack.h"
 #include "dense_linear.h"
 #include "kernels.h"
 #include "nvfp4_linear.h"
@@ -69,7 +70,9 @@ NB_MODULE(_native, m) {
     m.def("plain_read", [](uintptr_t p, int64_t n) { return plain_read(at<uint8_t>(p), n); });
     m.def("slow_outputs", [] { return NvFP4Linear::slow_outputs(); });
 
-    nb::class_<NvFP4Linear>(m, "NvFP4Linear")
+    nb::class_<Linear>(m, "Linear");
+
+    nb::class_<NvFP4Linear, Linear>(m, "NvFP4Linear")
         .def("__init__",
              [](NvFP4Linear* self, uintptr_t packed, uintptr_t scale, int64_t n, int64_t k, uintptr_t alpha,
                 uintptr_t bias, uintptr_t pre, const std::vector<int64_t>& segment_rows,
@@ -87,7 +90,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("weight_bytes", &NvFP4Linear::weight_bytes)
         .def_prop_ro("nbytes", &NvFP4Linear::nbytes);
 
-    nb::class_<DenseLinear>(m, "DenseLinear")
+    nb::class_<DenseLinear, Linear>(m, "DenseLinear")
         .def("__init__",
              [](DenseLinear* self, uintptr_t w, int w_dtype, uintptr_t block_scale, int64_t n, int64_t k,
                 uintptr_t row_scale, uintptr_t bias, uintptr_t pre, int input, float input_scale) {
@@ -101,6 +104,39 @@ NB_MODULE(_native, m) {
                  });
              })
         .def_prop_ro("nbytes", &DenseLinear::nbytes);
+
+    nb::class_<DecoderStack>(m, "DecoderStack")
+        .def("__init__",
+             [](DecoderStack* self, int dtype, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, float eps,
+                uintptr_t norm, uintptr_t cos_sin, int64_t positions) {
+                 new (self) DecoderStack(StackShape{dtype, hidden, heads, kv_heads, dim, eps, at<void>(norm),
+                                                    at<float>(cos_sin), positions});
+             })
+        .def("add_layer",
+             [](DecoderStack& self, const std::vector<uintptr_t>& norms,
+                const std::vector<std::vector<const Linear*>>& projections, const std::vector<float>& scales,
+                int64_t window) {
+                 if (norms.size() != 4 || projections.size() != 4 || scales.size() != 4)
+                     throw nb::value_error("a layer has four norms, projections and scales");
+                 return self.add_layer(StackLayer{at<void>(norms[0]), at<void>(norms[1]), at<void>(norms[2]),
+                                                  at<void>(norms[3]), {projections[0]}, {projections[1]},
+                                                  {projections[2]}, {projections[3]}, scales[0], scales[1], scales[2],
+                                                  scales[3], window});
+             })
+        .def("run",
+             [](const DecoderStack& self, uintptr_t residual, uintptr_t out, int64_t tokens, uintptr_t positions,
+                uintptr_t slots, uintptr_t query_start, uintptr_t context_len, uintptr_t block_table,
+                int64_t table_stride, int64_t sequences, int64_t columns, const std::vector<uintptr_t>& caches,
+                int cache_dtype, int64_t blocks, int64_t block_size) {
+                 if (caches.size() != 2 * self.layers()) throw nb::value_error("one pair of caches for each layer");
+                 const StackBatch batch{tokens, sequences, columns, table_stride, blocks, block_size, cache_dtype,
+                                        at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(query_start),
+                                        at<int32_t>(context_len), at<int32_t>(block_table), caches.data()};
+                 const char* wrong = nullptr;
+                 unlocked(double(tokens) * self.work(),
+                          [&] { wrong = self.run(batch, at<void>(residual), at<void>(out)); });
+                 if (wrong) throw nb::value_error(wrong);
+             });
 
     m.def("rms_norm", [](uintptr_t x, uintptr_t residual, uintptr_t residual_out, uintptr_t w, int w_dtype, uintptr_t y,
                          int64_t rows, int64_t k, int dtype, float eps) {

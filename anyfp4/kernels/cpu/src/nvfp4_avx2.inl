@@ -25,6 +25,13 @@ static inline void load_scales(const uint8_t* p, __m256d* lo, __m256d* hi) {
     *hi = _mm256_castsi256_pd(_mm256_unpackhi_epi32(_mm256_setzero_si256(), high_half));
 }
 
+// There are 16 registers, and the compiler spills accumulators to keep what it could load again. This says nothing to the
+// processor; after it, nothing that was loaded through the pointer is remembered.
+template <typename T>
+static inline void forget(const T*& p) {
+    asm("" : "+r"(p));
+}
+
 static inline __m256i broadcast4(const void* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
 
 // D = bias + sum of u x s over four groups of four bytes, in each 32-bit lane; u unsigned, s signed. The operand with
@@ -84,6 +91,19 @@ static inline void prefetch_chunk(const uint8_t* tile) {
         _mm_prefetch((const char*)(tile + PREFETCH_CHUNKS * CHUNK_BYTES + line), _MM_HINT_T0);
 }
 
+// One block of eight rows: codes at p and p + 64, scales at `scales`, the token's codes at x.
+static inline void gemv_block(const uint8_t* p, const uint8_t* scales, const int8_t* x, const BlockFactor* factor,
+                              const int32_t* bias, __m256i table, __m256d* lo, __m256d* hi) {
+    __m256i w0, w1, w2, w3;
+    __m256d sw_lo, sw_hi;
+    unpack_codes(_mm256_load_si256((const __m256i*)p), table, &w0, &w1);
+    unpack_codes(_mm256_load_si256((const __m256i*)(p + 64)), table, &w2, &w3);
+    const __m256i d = dot16(w0, w1, w2, w3, broadcast4(x), broadcast4(x + 4), broadcast4(x + 8), broadcast4(x + 12),
+                            _mm256_set1_epi32(*bias));
+    load_scales(scales, &sw_lo, &sw_hi);
+    add_block(d, _mm256_set1_pd(factor->s), _mm256_set1_pd(factor->c), sw_lo, sw_hi, lo, hi);
+}
+
 template <bool TRACK>
 static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t* bias, double* acc_out,
                         double* peak_out) {
@@ -92,22 +112,14 @@ static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x
     peak.zero();
     const __m256i table = offset_table();
     for (int64_t i = 0; i < chunks; ++i, tile += CHUNK_BYTES, ++x, bias += 4) {
-        const uint8_t* scales = tile + CHUNK_CODES;
         prefetch_chunk(tile);
         for (int b = 0; b < 4; ++b) {
-            const uint8_t* p = tile + b * 128;
-            const __m256i x0 = broadcast4(x->codes + 16 * b), x1 = broadcast4(x->codes + 16 * b + 4);
-            const __m256i x2 = broadcast4(x->codes + 16 * b + 8), x3 = broadcast4(x->codes + 16 * b + 12);
-            const __m256i offset = _mm256_set1_epi32(bias[b]);
-            const __m256d s = _mm256_set1_pd(x->factor[b].s), c = _mm256_set1_pd(x->factor[b].c);
+            const TokenChunk* token = x;
             for (int half = 0; half < 2; ++half) {
-                __m256i w0, w1, w2, w3;
-                __m256d sw_lo, sw_hi;
-                unpack_codes(_mm256_load_si256((const __m256i*)(p + 32 * half)), table, &w0, &w1);
-                unpack_codes(_mm256_load_si256((const __m256i*)(p + 32 * half + 64)), table, &w2, &w3);
-                load_scales(scales + 16 * b + 8 * half, &sw_lo, &sw_hi);
-                add_block(dot16(w0, w1, w2, w3, x0, x1, x2, x3, offset), s, c, sw_lo, sw_hi, &acc.v[2 * half],
-                          &acc.v[2 * half + 1]);
+                gemv_block(tile + 128 * b + 32 * half, tile + CHUNK_CODES + 16 * b + 8 * half, token->codes + 16 * b,
+                           &token->factor[b], bias + b, table, &acc.v[2 * half], &acc.v[2 * half + 1]);
+                forget(token);
+                forget(bias);
             }
         }
         for (int j = 0; j < 4; ++j) {

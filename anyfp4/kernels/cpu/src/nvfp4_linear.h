@@ -9,6 +9,7 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "linear.h"
 
 namespace anyfp4 {
 
@@ -31,18 +32,17 @@ struct TileInfo {
 
 struct QuantizedTokens;
 
-class NvFP4Linear {
+class NvFP4Linear : public Linear {
 public:
     // packed: [n, k/2], scale: E4M3 [n, k/16], alpha: [n], bias: [n] or null, pre: [k] or null.
     // segment_rows and segment_g: rows of each run of equal input scales, and the reciprocal of the scale.
     NvFP4Linear(const uint8_t* packed, const uint8_t* scale, int64_t n, int64_t k, const float* alpha, const float* bias,
                 const float* pre, const std::vector<int64_t>& segment_rows, const std::vector<float>& segment_g);
 
-    // x: [m, k] of x_dtype, out: [m, n] of out_dtype, both contiguous.
-    void run(const void* x, int64_t m, int x_dtype, void* out, int out_dtype) const;
+    void run(const void* x, int64_t m, int x_dtype, void* out, int out_dtype) const override;
 
-    int64_t n() const { return n_; }
-    int64_t k() const { return k_; }
+    int64_t n() const override { return n_; }
+    int64_t k() const override { return k_; }
     int64_t nbytes() const;
     // where the codes and scales lie, for benchmarks that read the same bytes
     uintptr_t weights() const { return reinterpret_cast<uintptr_t>(weights_.data()); }
