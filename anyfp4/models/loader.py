@@ -58,7 +58,9 @@ def load_decoder(
     config = DecoderConfig.from_hf(checkpoint.config, str(checkpoint.folder / "config.json"))
     if dtype is not None:
         config = replace(config, dtype=dtype)
-    return _Loader(checkpoint, config, device, numerics, backend, max_positions, progress).load()
+    loader = _Loader(checkpoint, config, device, numerics, backend, max_positions, progress)
+    with loader.ops.quiet():
+        return loader.load()
 
 
 class _Loader:
