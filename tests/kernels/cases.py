@@ -10,7 +10,7 @@ from anyfp4.formats.weights import FP8Weight, NVFP4Weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: how block scales are spread: about one octave; all bit patterns; either end of the range
-SPREADS = ("tame", "wide", "extreme")
+SPREADS = ("tame", "wide", "normal", "extreme")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -24,6 +24,8 @@ def block_scales(n: int, blocks: int, spread: str, g: torch.Generator) -> Tensor
     if spread == "extreme":
         ends = torch.tensor([0, 1, 3, 7, 8, 0x78, 0x7D, 0x7E, 0x7E], dtype=torch.uint8)
         bits = ends[torch.randint(0, len(ends), (n, blocks), generator=g)]
+    if spread == "normal":  # zeros, but no subnormal number
+        bits = torch.where(bits < 8, torch.zeros_like(bits), bits)
     return bits.view(torch.float8_e4m3fn)
 
 

@@ -44,7 +44,7 @@ def test_equals_reference(
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 16), (33, 48), (40, 576), (17, 1536)])
-@pytest.mark.parametrize("spread", ["tame", "extreme"])
+@pytest.mark.parametrize("spread", ["tame", "normal", "extreme"])
 def test_each_row_is_the_same_in_every_batch(backend: CpuBackend, n, k, spread):
     weight = cases.nvfp4_weight(n, k, spread, seed=n)
     prepared = backend.prepare(weight)

@@ -12,8 +12,8 @@ namespace anyfp4 {
 //   codes   8 groups of 64 bytes. Group g has K 8g..8g+7; row r's four bytes are 4r..4r+3, with K 8g..8g+3 in the low
 //           nibbles and 8g+4..8g+7 in the high ones. So a 32-bit lane is a row, and four codes of it meet four bytes
 //           of activations in one multiply-add.
-//   scales  4 blocks of 16 bytes, one for each row, in the code E << 3 | m: (1 + m/8) x 2^(E - 10), or 0. This holds
-//           E4M3's magnitudes without subnormal numbers, and shifted left by 17 is the upper half of a float64.
+//   scales  4 blocks of 16 bytes, one for each row, in the plain or the normal code of nvfp4_scale.h. Which of them is
+//           the tile's; kernels are told by `plain`.
 //
 // It is the size of the checkpoint's own form: 4.5 bits a weight.
 constexpr int TILE = 16;
@@ -30,16 +30,16 @@ constexpr int PREFETCH_CHUNKS = 8;  // how far ahead a tile is fetched
 // by standing in the low half of MAGIC = 2^52. Then two fused multiply-adds finish the block, both exact:
 //
 //   t = (MAGIC + D) s + c,  s = s_a 2^FACTOR_EXPONENT, c = -(MAGIC + DOT_OFFSET) s
-//   acc += t s_w            s_w as stored, that is times 2^-1013
+//   acc += t s_w            s_w times 2^-1016 (plain) or 2^-1013 (normal)
 //
-// so accumulators hold (sum over blocks of dot s_a s_w) x 2^ACC_EXPONENT.
+// so accumulators hold (sum over blocks of dot s_a s_w) x 2^acc_exponent(plain).
 struct BlockFactor {
     double s, c;
 };
 constexpr int CODE_OFFSET = 12;
 constexpr int DOT_OFFSET = 4096;
 constexpr int FACTOR_EXPONENT = 960;
-constexpr int ACC_EXPONENT = FACTOR_EXPONENT + 2 - 1013;
+constexpr int acc_exponent(bool plain) { return FACTOR_EXPONENT + 2 - (plain ? 1016 : 1013); }
 
 struct TokenInfo {
     int e_min, e_max;  // exponents of the non-zero block scales; e_min > e_max if there are none
@@ -117,15 +117,15 @@ struct Kernels {
     // Quantizes one row of an activation: x [k] of `dtype`, times `pre` [k] (in x's type) unless null, g the reciprocal
     // of the input global scale. Chunk c (all ceil(k / 64) of them are written) goes to
     // out[c / PIECE_CHUNKS * stride + c % PIECE_CHUNKS], its codes doubled, plus `offset`. For every block, `bias` is
-    // for a weight with the offset, and `scale` the block scale in the stored code.
+    // for a weight with the offset, and `scale` the block scale in the normal code.
     void (*nvfp4_quantize)(const void* x, int dtype, int64_t k, const float* pre, float g, int offset, TokenChunk* out,
                            int64_t stride, int32_t* bias, uint8_t* scale, TokenInfo* info);
     // acc[16] of one token and one tile from zero, codes unpacked in registers; peak[16], unless null, receives the
     // largest |acc|. Position i of both belongs to row row_order[i] of the tile.
-    void (*nvfp4_gemv)(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t* bias, double* acc,
-                       double* peak);
+    void (*nvfp4_gemv)(const uint8_t* tile, bool plain, int64_t chunks, const TokenChunk* x, const int32_t* bias,
+                       double* acc, double* peak);
     // Unpacks at most PIECE_CHUNKS chunks of a tile.
-    void (*nvfp4_unpack)(const uint8_t* tile, int64_t chunks, UnpackedTile* out);
+    void (*nvfp4_unpack)(const uint8_t* tile, bool plain, int64_t chunks, UnpackedTile* out);
     // As nvfp4_gemv from unpacked chunks, added to acc; the codes of x have CODE_OFFSET added.
     void (*nvfp4_gemm)(const UnpackedTile* w, int64_t chunks, const TokenChunk* x, double* acc, double* peak);
     const uint8_t* row_order;

@@ -18,11 +18,33 @@ static inline void unpack_codes(__m256i packed, __m256i table, __m256i* low, __m
     *high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask));
 }
 
-// 8 stored scales to float64, in the order of unpacklo/unpackhi.
-static inline void load_scales(const uint8_t* p, __m256d* lo, __m256d* hi) {
-    __m256i high_half = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), 17);
+// Scales of rows 8 half .. 8 half + 7 to float64, in the order of unpacklo/unpackhi. p: the sixteen of a block.
+static inline void normal_scales(const uint8_t* p, int half, __m256d* lo, __m256d* hi) {
+    const __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * half)));
+    const __m256i high_half = _mm256_slli_epi32(codes, 17);
     *lo = _mm256_castsi256_pd(_mm256_unpacklo_epi32(_mm256_setzero_si256(), high_half));
     *hi = _mm256_castsi256_pd(_mm256_unpackhi_epi32(_mm256_setzero_si256(), high_half));
+}
+
+// The same of plain codes: each byte goes to the seventh of its eight.
+struct alignas(32) Spread {
+    int8_t byte[4][32];
+    constexpr Spread() : byte() {
+        const int row[4][4] = {{0, 1, 4, 5}, {2, 3, 6, 7}, {8, 9, 12, 13}, {10, 11, 14, 15}};
+        for (int v = 0; v < 4; ++v)
+            for (int i = 0; i < 32; ++i) byte[v][i] = int8_t(i % 8 == 6 ? row[v][i / 8] : -128);
+    }
+};
+static constexpr Spread SPREAD;
+static inline void plain_scales(const uint8_t* p, int half, __m256d* lo, __m256d* hi) {
+    const __m256i codes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    const __m256i* spread = (const __m256i*)SPREAD.byte[2 * half];
+    *lo = _mm256_castsi256_pd(_mm256_shuffle_epi8(codes, _mm256_load_si256(spread)));
+    *hi = _mm256_castsi256_pd(_mm256_shuffle_epi8(codes, _mm256_load_si256(spread + 1)));
+}
+static inline void load_scales(const uint8_t* p, bool plain, int half, __m256d* lo, __m256d* hi) {
+    if (plain) plain_scales(p, half, lo, hi);
+    else normal_scales(p, half, lo, hi);
 }
 
 // There are 16 registers, and the compiler spills accumulators to keep what it could load again. This says nothing to the
@@ -91,20 +113,21 @@ static inline void prefetch_chunk(const uint8_t* tile) {
         _mm_prefetch((const char*)(tile + PREFETCH_CHUNKS * CHUNK_BYTES + line), _MM_HINT_T0);
 }
 
-// One block of eight rows: codes at p and p + 64, scales at `scales`, the token's codes at x.
-static inline void gemv_block(const uint8_t* p, const uint8_t* scales, const int8_t* x, const BlockFactor* factor,
-                              const int32_t* bias, __m256i table, __m256d* lo, __m256d* hi) {
+// One block of rows 8 half .. 8 half + 7: codes at p and p + 64, the token's codes at x.
+template <bool PLAIN>
+static inline void gemv_block(const uint8_t* p, const uint8_t* scales, int half, const int8_t* x,
+                              const BlockFactor* factor, const int32_t* bias, __m256i table, __m256d* lo, __m256d* hi) {
     __m256i w0, w1, w2, w3;
     __m256d sw_lo, sw_hi;
     unpack_codes(_mm256_load_si256((const __m256i*)p), table, &w0, &w1);
     unpack_codes(_mm256_load_si256((const __m256i*)(p + 64)), table, &w2, &w3);
     const __m256i d = dot16(w0, w1, w2, w3, broadcast4(x), broadcast4(x + 4), broadcast4(x + 8), broadcast4(x + 12),
                             _mm256_set1_epi32(*bias));
-    load_scales(scales, &sw_lo, &sw_hi);
+    load_scales(scales, PLAIN, half, &sw_lo, &sw_hi);
     add_block(d, _mm256_set1_pd(factor->s), _mm256_set1_pd(factor->c), sw_lo, sw_hi, lo, hi);
 }
 
-template <bool TRACK>
+template <bool TRACK, bool PLAIN>
 static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t* bias, double* acc_out,
                         double* peak_out) {
     Accumulator acc, peak;
@@ -116,8 +139,8 @@ static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x
         for (int b = 0; b < 4; ++b) {
             const TokenChunk* token = x;
             for (int half = 0; half < 2; ++half) {
-                gemv_block(tile + 128 * b + 32 * half, tile + CHUNK_CODES + 16 * b + 8 * half, token->codes + 16 * b,
-                           &token->factor[b], bias + b, table, &acc.v[2 * half], &acc.v[2 * half + 1]);
+                gemv_block<PLAIN>(tile + 128 * b + 32 * half, tile + CHUNK_CODES + 16 * b, half, token->codes + 16 * b,
+                                  &token->factor[b], bias + b, table, &acc.v[2 * half], &acc.v[2 * half + 1]);
                 forget(token);
                 forget(bias);
             }
@@ -131,13 +154,13 @@ static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x
     if (TRACK) peak.store(peak_out);
 }
 
-static void nvfp4_gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t* bias, double* acc,
-                       double* peak) {
-    if (peak) gemv<true>(tile, chunks, x, bias, acc, peak);
-    else gemv<false>(tile, chunks, x, bias, acc, peak);
+static void nvfp4_gemv(const uint8_t* tile, bool plain, int64_t chunks, const TokenChunk* x, const int32_t* bias,
+                       double* acc, double* peak) {
+    if (peak) (plain ? gemv<true, true> : gemv<true, false>)(tile, chunks, x, bias, acc, peak);
+    else (plain ? gemv<false, true> : gemv<false, false>)(tile, chunks, x, bias, acc, peak);
 }
 
-static void nvfp4_unpack(const uint8_t* tile, int64_t chunks, UnpackedTile* out) {
+static void nvfp4_unpack(const uint8_t* tile, bool plain, int64_t chunks, UnpackedTile* out) {
     const __m256i table = signed_table(), ones = _mm256_set1_epi8(1), twelve = _mm256_set1_epi32(CODE_OFFSET);
     for (int64_t i = 0; i < 4 * chunks; ++i) {
         const uint8_t* chunk = tile + i / 4 * CHUNK_BYTES;
@@ -154,7 +177,7 @@ static void nvfp4_unpack(const uint8_t* tile, int64_t chunks, UnpackedTile* out)
             _mm256_store_si256((__m256i*)(out->bias[i] + 8 * half),
                                _mm256_sub_epi32(_mm256_set1_epi32(DOT_OFFSET), sum));
             __m256d lo, hi;
-            load_scales(chunk + CHUNK_CODES + TILE * (i % 4) + 8 * half, &lo, &hi);
+            load_scales(chunk + CHUNK_CODES + TILE * (i % 4), plain, half, &lo, &hi);
             _mm256_store_pd(out->scale[i] + 8 * half, lo);
             _mm256_store_pd(out->scale[i] + 8 * half + 4, hi);
         }

@@ -14,8 +14,9 @@ static inline void unpack_codes(__m512i packed, __m512i table, __m512i* low, __m
     *high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask));
 }
 
-static inline void load_scales(const uint8_t* p, __m512d* lo, __m512d* hi) {
-    __m512i high_half = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 17);
+static inline void load_scales(const uint8_t* p, bool plain, __m512d* lo, __m512d* hi) {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    const __m512i high_half = plain ? _mm512_slli_epi32(codes, 16) : _mm512_slli_epi32(codes, 17);
     *lo = _mm512_castsi512_pd(_mm512_unpacklo_epi32(_mm512_setzero_si512(), high_half));
     *hi = _mm512_castsi512_pd(_mm512_unpackhi_epi32(_mm512_setzero_si512(), high_half));
 }
@@ -50,7 +51,7 @@ static inline void end_chunk(Accumulator* acc, Accumulator* peak) {
     }
 }
 
-template <bool TRACK>
+template <bool TRACK, bool PLAIN>
 static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t* bias, double* acc_out,
                         double* peak_out) {
     Accumulator acc{_mm512_setzero_pd(), _mm512_setzero_pd()}, peak = acc;
@@ -62,7 +63,7 @@ static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x
             __m512d sw_lo, sw_hi;
             unpack_codes(_mm512_load_si512(tile + 128 * b), offset_table(), &w[0], &w[1]);
             unpack_codes(_mm512_load_si512(tile + 128 * b + 64), offset_table(), &w[2], &w[3]);
-            load_scales(tile + CHUNK_CODES + 16 * b, &sw_lo, &sw_hi);
+            load_scales(tile + CHUNK_CODES + 16 * b, PLAIN, &sw_lo, &sw_hi);
             __m512i d = _mm512_set1_epi32(bias[4 * i + b]);
             for (int j = 0; j < 4; ++j)
                 d = _mm512_dpbusd_epi32(d, w[j], broadcast4(x[i].codes + 16 * b + 4 * j));
@@ -78,13 +79,13 @@ static inline void gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x
     }
 }
 
-static void nvfp4_gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t* bias, double* acc,
-                       double* peak) {
-    if (peak) gemv<true>(tile, chunks, x, bias, acc, peak);
-    else gemv<false>(tile, chunks, x, bias, acc, peak);
+static void nvfp4_gemv(const uint8_t* tile, bool plain, int64_t chunks, const TokenChunk* x, const int32_t* bias,
+                       double* acc, double* peak) {
+    if (peak) (plain ? gemv<true, true> : gemv<true, false>)(tile, chunks, x, bias, acc, peak);
+    else (plain ? gemv<false, true> : gemv<false, false>)(tile, chunks, x, bias, acc, peak);
 }
 
-static void nvfp4_unpack(const uint8_t* tile, int64_t chunks, UnpackedTile* out) {
+static void nvfp4_unpack(const uint8_t* tile, bool plain, int64_t chunks, UnpackedTile* out) {
     for (int64_t i = 0; i < 4 * chunks; ++i) {
         const uint8_t* chunk = tile + i / 4 * CHUNK_BYTES;
         __m512i sum = _mm512_setzero_si512();
@@ -98,7 +99,7 @@ static void nvfp4_unpack(const uint8_t* tile, int64_t chunks, UnpackedTile* out)
         }
         _mm512_store_si512(out->bias[i], _mm512_sub_epi32(_mm512_set1_epi32(DOT_OFFSET), sum));
         __m512d lo, hi;
-        load_scales(chunk + CHUNK_CODES + TILE * (i % 4), &lo, &hi);
+        load_scales(chunk + CHUNK_CODES + TILE * (i % 4), plain, &lo, &hi);
         _mm512_store_pd(out->scale[i], lo);
         _mm512_store_pd(out->scale[i] + 8, hi);
     }

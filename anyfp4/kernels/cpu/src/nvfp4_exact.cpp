@@ -20,7 +20,7 @@ int64_t shifted(int64_t v, int shift) {
 
 }  // namespace
 
-double nvfp4_exact_output(const uint8_t* tile, int r, int64_t chunks, const TokenChunk* x, int64_t stride, int offset,
+double nvfp4_exact_output(const uint8_t* tile, bool plain, int r, int64_t chunks, const TokenChunk* x, int64_t stride, int offset,
                           const uint8_t* scale) {
     double acc = 0.0;
     for (int64_t i = 0; i < chunks; ++i, tile += CHUNK_BYTES) {
@@ -32,7 +32,8 @@ double nvfp4_exact_output(const uint8_t* tile, int r, int64_t chunks, const Toke
             int sig_a, sig_w, e_a, e_w, dot = 0;
             bool present = false;
             split_scale(scale[4 * i + b], &sig_a, &e_a);
-            split_scale(tile[CHUNK_CODES + TILE * b + r], &sig_w, &e_w);
+            const uint8_t stored = tile[CHUNK_CODES + TILE * b + r];
+            split_scale(plain ? plain_to_normal(stored) : stored, &sig_w, &e_w);
             for (int j = 0; j < BLOCK; ++j) {
                 const uint8_t byte = tile[64 * (2 * b + j / 8) + 4 * r + j % 4];
                 const int w = DOUBLED[(j & 4) ? byte >> 4 : byte & 0xF];

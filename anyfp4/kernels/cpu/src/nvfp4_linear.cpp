@@ -86,7 +86,11 @@ void NvFP4Linear::prepare_tile(int64_t i, const Segment& s, const uint8_t* packe
     uint8_t* out = weights_.data() + tile * chunks_ * CHUNK_BYTES;
     memset(out, 0, size_t(chunks_ * CHUNK_BYTES));
     TileInfo& tile_info = tiles_[size_t(tile)];
-    tile_info = {0.0, 9, -7};
+    tile_info = {0.0, 9, -7, true};
+    for (int r = 0; r < TILE && i * TILE + r < s.rows; ++r) {
+        const uint8_t* scales = scale + (s.row0 + i * TILE + r) * (k_ / BLOCK);
+        tile_info.plain &= std::none_of(scales, scales + k_ / BLOCK, [](uint8_t x) { return (x & 0x7F) - 1u < 7u; });
+    }
     for (int r = 0; r < TILE; ++r) {
         RowInfo& info = rows_[size_t(tile * TILE + r)];
         info.e_min = 9, info.e_max = -7, info.nan = 0;
@@ -106,10 +110,10 @@ void NvFP4Linear::prepare_tile(int64_t i, const Segment& s, const uint8_t* packe
                 info.nan = 1;
                 continue;
             }
-            const uint8_t stored = stored_scale(magnitude);
-            out[b / 4 * CHUNK_BYTES + CHUNK_CODES + b % 4 * TILE + r] = stored;
+            out[b / 4 * CHUNK_BYTES + CHUNK_CODES + b % 4 * TILE + r] =
+                tile_info.plain ? plain_scale(magnitude) : normal_scale(magnitude);
             int significand, e;
-            split_scale(stored, &significand, &e);
+            split_scale(normal_scale(magnitude), &significand, &e);
             if (significand == 0) continue;
             info.e_min = int8_t(std::min<int>(info.e_min, e));
             info.e_max = int8_t(std::max<int>(info.e_max, e));
@@ -137,17 +141,18 @@ void NvFP4Linear::finish(const Segment& s, int64_t tile, const QuantizedTokens& 
     const TokenInfo& t = q.info[token];
     const int64_t first = (tile - s.tile0) * TILE;
     const int count = int(std::min<int64_t>(TILE, s.rows - first));
+    const bool plain = tiles_[size_t(tile)].plain;
+    const double unit = pow2(-acc_exponent(plain));
     float y[TILE];
-    for (int i = 0; i < TILE; ++i) y[order[i]] = float(acc[i] * 0x1p51);
-    static_assert(ACC_EXPONENT == -51, "acc is scaled by 2^-51");
+    for (int i = 0; i < TILE; ++i) y[order[i]] = float(acc[i] * unit);
     if (peak) {
         for (int i = 0; i < TILE; ++i) {
             const int r = order[i];
             const int e_min = t.e_min + info[r].e_min;
             if (r >= count || info[r].e_min > info[r].e_max || t.e_min > t.e_max) continue;
-            if (t.e_max + info[r].e_max > e_min + 27 || peak[i] >= pow2(e_min + 28 + ACC_EXPONENT)) {
-                y[r] = float(nvfp4_exact_output(tile_data(tile), r, chunks_, q.token(token), q.stride, q.offset,
-                                                q.scale + token * q.blocks));
+            if (t.e_max + info[r].e_max > e_min + 27 || peak[i] >= pow2(e_min + 28 + acc_exponent(plain))) {
+                y[r] = float(nvfp4_exact_output(tile_data(tile), plain, r, chunks_, q.token(token), q.stride,
+                                                q.offset, q.scale + token * q.blocks));
                 slow_count.fetch_add(1, std::memory_order_relaxed);
             }
         }
@@ -175,7 +180,7 @@ void NvFP4Linear::run_tiles(const Segment& s, int64_t begin, int64_t end, const 
     if (m == 1) {
         for (int64_t tile = s.tile0 + begin; tile < s.tile0 + end; ++tile) {
             double* watched = needs_peak(tile, q.info[0]) ? peak[0] : nullptr;
-            kernel.nvfp4_gemv(tile_data(tile), chunks_, q.token(0), q.bias, acc[0], watched);
+            kernel.nvfp4_gemv(tile_data(tile), tiles_[size_t(tile)].plain, chunks_, q.token(0), q.bias, acc[0], watched);
             finish(s, tile, q, 0, acc[0], watched, out, out_dtype);
         }
         return;
@@ -190,7 +195,7 @@ void NvFP4Linear::run_tiles(const Segment& s, int64_t begin, int64_t end, const 
             memset(peak, 0, size_t(tokens) * sizeof peak[0]);
             for (int64_t c = 0; c < chunks_; c += PIECE_CHUNKS) {
                 const int64_t piece = std::min<int64_t>(PIECE_CHUNKS, chunks_ - c);
-                kernel.nvfp4_unpack(tile_data(tile) + c * CHUNK_BYTES, piece, &w);
+                kernel.nvfp4_unpack(tile_data(tile) + c * CHUNK_BYTES, tiles_[size_t(tile)].plain, piece, &w);
                 for (int64_t t = 0; t < tokens; ++t)
                     kernel.nvfp4_gemm(&w, piece, q.token(t0 + t, c), acc[t], watch[t] ? peak[t] : nullptr);
             }

@@ -28,6 +28,7 @@ struct RowInfo {
 struct TileInfo {
     double sw_max;
     int e_min, e_max;
+    bool plain;  // the code of its block scales
 };
 
 struct QuantizedTokens;
@@ -71,8 +72,8 @@ private:
 
 // The accumulator of one output with every truncation written out: row r of a tile, and one token as nvfp4_quantize
 // leaves it, its codes with `offset` added.
-double nvfp4_exact_output(const uint8_t* tile, int r, int64_t chunks, const TokenChunk* x, int64_t stride, int offset,
-                          const uint8_t* scale);
+double nvfp4_exact_output(const uint8_t* tile, bool plain, int r, int64_t chunks, const TokenChunk* x, int64_t stride,
+                          int offset, const uint8_t* scale);
 
 // What a NaN becomes when it is rounded to bfloat16 (set from torch's own conversion, which differs by platform).
 void set_bf16_nan(uint16_t bits);

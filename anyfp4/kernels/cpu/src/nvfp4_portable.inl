@@ -4,7 +4,7 @@
 static const uint8_t ROW_ORDER[TILE] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const int8_t CODE_TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-static void nvfp4_unpack(const uint8_t* tile, int64_t chunks, UnpackedTile* out) {
+static void nvfp4_unpack(const uint8_t* tile, bool plain, int64_t chunks, UnpackedTile* out) {
     for (int64_t i = 0; i < 4 * chunks; ++i) {
         const uint8_t* chunk = tile + i / 4 * CHUNK_BYTES;
         int8_t* codes = reinterpret_cast<int8_t*>(out->codes[i]);
@@ -15,7 +15,7 @@ static void nvfp4_unpack(const uint8_t* tile, int64_t chunks, UnpackedTile* out)
                 codes[128 * g + 64 + j] = CODE_TABLE[packed >> 4];
             }
         for (int r = 0; r < TILE; ++r)
-            out->scale[i][r] = double_of(uint64_t(chunk[CHUNK_CODES + TILE * (i % 4) + r]) << 49);
+            out->scale[i][r] = double_of(uint64_t(chunk[CHUNK_CODES + TILE * (i % 4) + r]) << (plain ? 48 : 49));
     }
 }
 
@@ -42,13 +42,13 @@ static void nvfp4_gemm(const UnpackedTile* w, int64_t chunks, const TokenChunk* 
     add_chunks(w, chunks, x, CODE_OFFSET, acc, peak);
 }
 
-static void nvfp4_gemv(const uint8_t* tile, int64_t chunks, const TokenChunk* x, const int32_t*, double* acc,
-                       double* peak) {
+static void nvfp4_gemv(const uint8_t* tile, bool plain, int64_t chunks, const TokenChunk* x, const int32_t*,
+                       double* acc, double* peak) {
     UnpackedTile w;
     for (int r = 0; r < TILE; ++r) acc[r] = 0.0;
     for (int r = 0; peak && r < TILE; ++r) peak[r] = 0.0;
     for (int64_t i = 0; i < chunks; ++i) {
-        nvfp4_unpack(tile + i * CHUNK_BYTES, 1, &w);
+        nvfp4_unpack(tile + i * CHUNK_BYTES, plain, 1, &w);
         add_chunks(&w, 1, x + i, 0, acc, peak);
     }
 }

@@ -145,7 +145,7 @@ static void nvfp4_quantize(const void* x, int dtype, int64_t k, const float* pre
         double factor_s = nan ? 0.0 : double(s) * pow2(FACTOR_EXPONENT);
         *factor = {factor_s, -(0x1p52 + DOT_OFFSET) * factor_s};
         bias[b] = DOT_OFFSET - 12 * sum;
-        scale[b] = nan ? 0 : stored_scale(byte);
+        scale[b] = nan ? 0 : normal_scale(byte);
     }
     *info = result;
 }
