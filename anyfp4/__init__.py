@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from anyfp4.async_llm import AsyncLLM
     from anyfp4.engine.config import EngineConfig, SamplingParams
     from anyfp4.errors import AnyFP4Error
     from anyfp4.formats import NVFP4Tensor, dequantize, quantize
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AnyFP4Error",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "NVFP4Tensor",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "LLM": "anyfp4.llm",
     "AnyFP4Error": "anyfp4.errors",
+    "AsyncLLM": "anyfp4.async_llm",
     "CompletionOutput": "anyfp4.llm",
     "EngineConfig": "anyfp4.engine.config",
     "NVFP4Tensor": "anyfp4.formats",

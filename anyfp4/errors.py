@@ -7,6 +7,9 @@
     │   └── TensorError            a tensor is missing, extra, or has a wrong shape, dtype or value
     ├── UnsupportedError           a valid request that anyfp4 does not implement (algorithm, architecture, option)
     ├── BackendError               a backend that was asked for by name cannot run here
+    ├── EngineError                the engine cannot take a request now
+    │   ├── QueueFullError         too many sequences wait already
+    │   └── EngineStoppedError     it was shut down, or its thread died
     ├── EnvironmentVariableError   an ANYFP4_* variable has a value that is not allowed   (also a ValueError)
     └── InvalidArgumentError       an argument to a public function is wrong              (also a ValueError)
 
@@ -55,6 +58,26 @@ class UnsupportedError(AnyFP4Error):
 
 class BackendError(AnyFP4Error):
     """A backend that was asked for by name cannot run here."""
+
+
+class EngineError(AnyFP4Error):
+    """The engine cannot take a request now, or will not finish it."""
+
+
+class QueueFullError(EngineError):
+    """Too many sequences wait already.
+
+    Attributes:
+        retry_after: seconds after which there is likely to be room.
+    """
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class EngineStoppedError(EngineError):
+    """The engine was shut down, or its thread died; then ``__cause__`` is what it died of."""
 
 
 class InvalidArgumentError(AnyFP4Error, ValueError):

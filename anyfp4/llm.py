@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,69 +14,17 @@ from anyfp4.checkpoint.locate import locate
 from anyfp4.checkpoint.reader import Checkpoint
 from anyfp4.engine.config import EngineConfig, SamplingParams
 from anyfp4.engine.engine import Engine
-from anyfp4.engine.sequence import FinishReason, TokenLogprobs
-from anyfp4.engine.sequence import Sequence as EngineSequence
-from anyfp4.engine.tokenizer import Detokenizer, Message, Tokenizer
-from anyfp4.errors import InvalidArgumentError
+from anyfp4.engine.outputs import CompletionOutput, RequestOutput
+from anyfp4.engine.requests import Request
+from anyfp4.engine.tokenizer import Message, Tokenizer
+from anyfp4.errors import EngineError, InvalidArgumentError
 from anyfp4.models.loader import load_decoder
+
+__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput"]
 
 #: plain text, token ids, or a conversation
 Prompt = str | Sequence[int] | Sequence[Message]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One completion.
-
-    Attributes:
-        finish_reason: ``stop`` (end of sequence, stop string or stop token), ``length``, ``abort``; None while running.
-        stop_reason: the stop string or stop token that ended it, if one did.
-        logprobs: of each new token, if asked for.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """The sum of the chosen tokens' log-probabilities, if they were asked for."""
-        if self.logprobs is None:
-            return None
-        return sum(lp[token].logprob for lp, token in zip(self.logprobs, self.token_ids, strict=True))
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What became of one prompt.
-
-    Attributes:
-        prompt: the text, if the prompt was text.
-        prompt_logprobs: of each prompt token (None for the first), if asked for.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-
-    @property
-    def finished(self) -> bool:
-        """Whether every completion has ended."""
-        return all(o.finish_reason is not None for o in self.outputs)
-
-
-@dataclass(eq=False)
-class _Request:
-    prompt: str | None
-    sequences: list[EngineSequence]
-    texts: list[Detokenizer]
-    final: dict[int, str] = field(default_factory=dict)
 
 
 class LLM:
@@ -136,8 +83,12 @@ class LLM:
                 progress=progress,
             )
         self.model = str(model)
+        self.config = config
         self.engine = Engine(decoder, config, self.tokenizer.eos_token_ids)
         self._ids = itertools.count()
+        self._open: dict[str, Request] = {}
+        self._changed: set[str] = set()
+        self._lent_to: str | None = None
 
     def generate(
         self,
@@ -151,7 +102,8 @@ class LLM:
             sampling_params: one for all prompts, or one for each; ``SamplingParams()`` by default.
 
         Returns:
-            One output per prompt, in order.
+            One output per prompt, in order. A prompt that could not be computed has ``error`` set; the others are
+            complete.
 
         Raises:
             InvalidArgumentError: a wrong prompt or parameter. Nothing was generated then.
@@ -160,7 +112,7 @@ class LLM:
         params = _broadcast(sampling_params, len(batch))
         latest: dict[str, RequestOutput] = {}
         order: list[str] = []
-        for output in self._run([self._encode(p) for p in batch], params, order):
+        for output in self._run([self.encode(p) for p in batch], params, order, every_step=False):
             latest[output.request_id] = output
         return [latest[request_id] for request_id in order]
 
@@ -177,9 +129,14 @@ class LLM:
 
         Closing the iterator ends the request.
         """
-        yield from self._run([self._encode(prompt)], [sampling_params or SamplingParams()], [])
+        yield from self._run([self.encode(prompt)], [sampling_params or SamplingParams()], [], every_step=True)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, if it is text, and its token ids.
+
+        Raises:
+            InvalidArgumentError: it is neither text, token ids nor messages; or the chat template rejects it.
+        """
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
         items = list(prompt)
@@ -190,96 +147,59 @@ class LLM:
             raise InvalidArgumentError("a prompt is text, a list of token ids, or a list of chat messages")
         return None, tokens
 
+    def lend(self, owner: str | None) -> None:
+        """Gives the engine into other hands, or takes it back (None): meanwhile this object generates nothing.
+
+        Raises:
+            EngineError: it is at work or lent already.
+        """
+        if owner is not None and (self._lent_to is not None or self._open):
+            raise EngineError(f"the engine is in use by {self._lent_to or 'a running generate or stream'}")
+        self._lent_to = owner
+
     def _run(
         self,
         prompts: Sequence[tuple[str | None, list[int]]],
         params: Sequence[SamplingParams],
         order: list[str],
+        *,
+        every_step: bool,
     ) -> Iterator[RequestOutput]:
-        requests: dict[str, _Request] = {}
+        """Runs prompts to their end, and yields outputs after every step or only finished ones.
+
+        Steps may serve the requests of other streams too, and theirs may serve these.
+        """
+        if self._lent_to is not None:
+            raise EngineError(f"the engine is in use by {self._lent_to}")
+        mine: dict[str, Request] = {}
         try:
             for (text, tokens), p in zip(prompts, params, strict=True):
                 request_id = str(next(self._ids))
                 order.append(request_id)
-                sequences = self.engine.add(request_id, tokens, p)
-                texts = [Detokenizer(self.tokenizer, p.skip_special_tokens) for _ in sequences]
-                requests[request_id] = _Request(text, sequences, texts)
-            while any(not s.finished for r in requests.values() for s in r.sequences):
-                touched = {s.request_id: None for s in self._step(requests)}
-                for request_id in touched:
-                    if request_id in requests:
-                        yield self._output(request_id, requests[request_id])
+                mine[request_id] = Request(text, self.engine.add(request_id, tokens, p), self.tokenizer)
+                self._open[request_id] = mine[request_id]
+            while mine:
+                if not self._changed.intersection(mine):
+                    self._step()
+                for request_id in [i for i in mine if i in self._changed]:
+                    self._changed.discard(request_id)
+                    request = mine[request_id]
+                    if request.finished:
+                        del mine[request_id], self._open[request_id]
+                    if every_step or request.finished:
+                        yield request.output()
         finally:
-            for request in requests.values():
-                for sequence in request.sequences:
-                    self.engine.abort(sequence)
+            for request_id, request in mine.items():
+                request.abort(self.engine)
+                self._open.pop(request_id, None)
+                self._changed.discard(request_id)
 
-    def _step(self, requests: Mapping[str, _Request]) -> list[EngineSequence]:
-        changed = self.engine.step()
-        for sequence in changed:
-            request = requests.get(sequence.request_id)
-            if request is None:
-                continue
-            detokenizer = request.texts[sequence.index]
-            seen = len(detokenizer.text)
-            tokens = sequence.tokens[-1:]
-            ended_by_token = sequence.finish_reason == "stop"
-            if not ended_by_token or not sequence.params.skip_special_tokens:
-                detokenizer.add(tokens)
-            if sequence.finished:
-                detokenizer.finish()
-            self._check_stop_strings(request, sequence, detokenizer.text, seen)
-        return changed
-
-    def _check_stop_strings(self, request: _Request, s: EngineSequence, text: str, seen: int) -> None:
-        """Ends the sequence at the first stop string, which may have begun in earlier text."""
-        found: tuple[int, str] | None = None
-        for stop in s.params.stop_strings:
-            at = text.find(stop, max(0, seen - len(stop) + 1))
-            if at >= 0 and (found is None or at < found[0]):
-                found = (at, stop)
-        if found is None:
-            return
-        at, stop = found
-        end = at + len(stop) if s.params.include_stop_str_in_output else at
-        request.final[s.index] = text[:end]
-        if s.finished:
-            s.finish_reason, s.stop_reason = "stop", stop
-        else:
-            self.engine.stop(s, stop)
-
-    @staticmethod
-    def _output(request_id: str, request: _Request) -> RequestOutput:
-        outputs = []
-        for s, detokenizer in zip(request.sequences, request.texts, strict=True):
-            outputs.append(
-                CompletionOutput(
-                    index=s.index,
-                    text=request.final.get(s.index, _visible(detokenizer.text, s)),
-                    token_ids=tuple(s.generated),
-                    finish_reason=s.finish_reason,
-                    stop_reason=s.stop_reason,
-                    logprobs=None if s.params.logprobs is None else tuple(s.logprobs),
-                )
-            )
-        first = request.sequences[0]
-        return RequestOutput(
-            request_id=request_id,
-            prompt=request.prompt,
-            prompt_token_ids=tuple(first.tokens[: first.prompt_length]),
-            outputs=tuple(outputs),
-            prompt_logprobs=None if first.params.prompt_logprobs is None else tuple(first.prompt_logprobs),
-        )
-
-
-def _visible(text: str, s: EngineSequence) -> str:
-    """The text to show while running: an end that may become a stop string is held back."""
-    if s.finished:
-        return text
-    for length in range(max((len(stop) - 1 for stop in s.params.stop_strings), default=0), 0, -1):
-        if any(len(stop) > length and text.endswith(stop[:length]) for stop in s.params.stop_strings):
-            return text[:-length]
-    return text
+    def _step(self) -> None:
+        for sequence in self.engine.step():
+            request = self._open.get(sequence.request_id)
+            if request is not None:
+                request.update(sequence, self.engine)
+                self._changed.add(sequence.request_id)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

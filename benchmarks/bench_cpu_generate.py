@@ -118,7 +118,7 @@ def main() -> None:
 
 def anyfp4_seconds(checkpoint: Path) -> Any:
     """Seconds of one prefill or of a run of decode steps, through the engine."""
-    llm = LLM(checkpoint, config=EngineConfig(max_model_len=1024, max_num_seqs=1))
+    llm = LLM(checkpoint, config=EngineConfig(max_model_len=1024, max_num_seqs=1, enable_prefix_caching=False))
     tokens = [100 + i % 1000 for i in range(PROMPT_TOKENS)]
 
     def run(what: str) -> float:

@@ -23,7 +23,7 @@ LAYERS = (
     ("layers",),
     ("models",),
     ("engine",),
-    ("llm",),
+    ("llm", "async_llm"),
     ("tools",),
     ("entrypoints",),
     ("integrations",),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anyfp4.errors import InvalidArgumentError
 
 MAX_LOGPROBS = 100
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when generation stops; names and meanings as in vLLM.
+
+    The order of work on the logits: ``logit_bias``, ``min_tokens``, penalties (repetition, frequency, presence),
+    temperature, ``top_k``, ``top_p``, ``min_p``. Log-probabilities are the model's own, before all of them.
 
     Attributes:
         n: completions of one prompt; the i-th has random numbers of its own under the same seed.
@@ -21,7 +27,13 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 or −1 for all.
         min_p: keep tokens at least this fraction as likely as the most likely one, in [0, 1].
         seed: of the random numbers; None draws one.
-        max_tokens: at most this many new tokens; None: up to the model's limit.
+        presence_penalty: taken off the logit of every token that was generated before, in [−2, 2].
+        frequency_penalty: likewise, times how often it was generated, in [−2, 2].
+        repetition_penalty: the logit of a token of the prompt or the completion is divided by this if it is positive,
+            else multiplied; above 0, and 1 does nothing.
+        logit_bias: token → what is added to its logit, in [−100, 100].
+        max_tokens: at most this many new tokens; None: up to the model's limit; 0 computes the prompt alone.
+        min_tokens: no end-of-sequence token, stop token or stop string ends the text before it has this many tokens.
         stop: strings that end the text; not part of it unless ``include_stop_str_in_output``.
         stop_token_ids: tokens that end the text, besides the model's own end-of-sequence tokens.
         ignore_eos: go on after an end-of-sequence token.
@@ -37,7 +49,12 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
     max_tokens: int | None = 16
+    min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
@@ -58,8 +75,22 @@ class SamplingParams:
         _require(self.top_k >= 0, f"top_k must be 0 (all) or more, got {self.top_k}")
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}")
         _require(self.seed is None or -(2**63) <= self.seed < 2**64, f"seed must fit 64 bits, got {self.seed}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(abs(value) <= MAX_PENALTY, f"{name} must be in [-{MAX_PENALTY:g}, {MAX_PENALTY:g}], got {value}")
         _require(
-            self.max_tokens is None or self.max_tokens >= 1, f"max_tokens must be 1 or more, got {self.max_tokens}"
+            0 < self.repetition_penalty < math.inf, f"repetition_penalty must be above 0, got {self.repetition_penalty}"
+        )
+        for token, bias in (self.logit_bias or {}).items():
+            _require(
+                abs(bias) <= MAX_BIAS,
+                f"logit_bias of token {token} must be in [-{MAX_BIAS:g}, {MAX_BIAS:g}], got {bias}",
+            )
+        limit = self.max_tokens
+        _require(limit is None or limit >= 0, f"max_tokens must be 0 or more, got {limit}")
+        _require(self.min_tokens >= 0, f"min_tokens must be 0 or more, got {self.min_tokens}")
+        _require(
+            limit is None or self.min_tokens <= limit, f"min_tokens = {self.min_tokens} exceeds max_tokens = {limit}"
         )
         _require(all(isinstance(s, str) and s for s in stop), "stop strings must not be empty")
         for name in ("logprobs", "prompt_logprobs"):
@@ -83,6 +114,7 @@ class EngineConfig:
         block_size: tokens of one block of the KV cache.
         kv_cache_bytes: of the KV cache; None: a quarter of the machine's memory, or what ``max_num_seqs`` sequences of
             ``max_model_len`` tokens need, if that is less.
+        enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
     """
 
     max_model_len: int | None = None
@@ -90,6 +122,7 @@ class EngineConfig:
     max_step_tokens: int = 2048
     block_size: int = 16
     kv_cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size", "kv_cache_bytes"):

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
 
 from anyfp4.engine import kv_cache, sampler
 from anyfp4.engine.config import EngineConfig, SamplingParams
 from anyfp4.engine.model_runner import ModelRunner
+from anyfp4.engine.outputs import FinishReason, TokenLogprobs
 from anyfp4.engine.scheduler import Scheduled, Scheduler
 from anyfp4.engine.sequence import Sequence
-from anyfp4.errors import InvalidArgumentError
+from anyfp4.engine.stats import EngineStats
+from anyfp4.errors import AnyFP4Error, InvalidArgumentError
 from anyfp4.models.decoder import Decoder
-from anyfp4.ops import sampling
+from anyfp4.ops import philox, sampling
+
+__all__ = ["Engine", "EngineStats"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Result:
+    """What a step found out about one sequence."""
+
+    item: Scheduled
+    prompt_logprobs: list[TokenLogprobs]
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Engine:
-    """Runs sequences of token ids; text is the caller's affair."""
+    """Runs sequences of token ids; text is the caller's affair. To be used by one thread, but for ``check``."""
 
     def __init__(self, model: Decoder, config: EngineConfig, eos: Iterable[int] = ()) -> None:
         """Allocates the cache.
@@ -31,31 +51,55 @@ class Engine:
         self.config = config
         self.max_model_len = config.max_model_len or model.cos_sin.shape[0]
         blocks = kv_cache.num_blocks(model, config, self.max_model_len)
-        self.scheduler = Scheduler(blocks, config.block_size, config.max_num_seqs, config.max_step_tokens)
+        self.scheduler = Scheduler(
+            blocks, config.block_size, config.max_num_seqs, config.max_step_tokens, config.enable_prefix_caching
+        )
         self.runner = ModelRunner(model, kv_cache.allocate(model, blocks, config.block_size), config.block_size)
-        self.eos = frozenset((*model.config.eos_token_ids, *eos))
+        vocab = model.config.vocab_size
+        self.eos = frozenset(token for token in (*model.config.eos_token_ids, *eos) if 0 <= token < vocab)
+        self._prompt_tokens = self._generated_tokens = self._steps = self._finished = 0
+        self._schedule_seconds = self._step_seconds = 0.0
+
+    def check(self, tokens: SequenceOf[int], params: SamplingParams) -> int:
+        """Refuses a prompt that cannot run; safe to call from any thread.
+
+        Returns:
+            Tokens at which its sequences end.
+
+        Raises:
+            InvalidArgumentError: the prompt is empty or too long, holds an unknown token, or can never fit the cache;
+                or a parameter names an unknown token.
+        """
+        vocab = self.model.config.vocab_size
+        if not tokens:
+            raise InvalidArgumentError("the prompt is empty: give at least one token")
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            position = next(i for i, token in enumerate(tokens) if not 0 <= token < vocab)
+            raise InvalidArgumentError(
+                f"prompt token {tokens[position]} at position {position} is not in 0…{vocab - 1}"
+            )
+        for name, named in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token in named or ():
+                if not 0 <= token < vocab:
+                    raise InvalidArgumentError(f"{name}: token {token} is not in 0…{vocab - 1}")
+        room = self.max_model_len - len(tokens)
+        if room < (0 if params.max_tokens == 0 else 1):
+            raise InvalidArgumentError(
+                f"the prompt has {len(tokens)} tokens; at most {self.max_model_len - 1} leave room for a new one "
+                f"(max_model_len = {self.max_model_len})"
+            )
+        length = len(tokens) + (room if params.max_tokens is None else min(room, params.max_tokens))
+        self.scheduler.check_fits(length)
+        return length
 
     def add(self, request_id: str, tokens: SequenceOf[int], params: SamplingParams) -> list[Sequence]:
         """Queues one prompt: ``params.n`` sequences.
 
         Raises:
-            InvalidArgumentError: the prompt is empty or too long, holds an unknown token, or can never fit the cache.
+            InvalidArgumentError: see :meth:`check`.
         """
-        vocab = self.model.config.vocab_size
-        if not tokens:
-            raise InvalidArgumentError("the prompt is empty: give at least one token")
-        for position, token in enumerate(tokens):
-            if not 0 <= token < vocab:
-                raise InvalidArgumentError(f"prompt token {token} at position {position} is not in 0…{vocab - 1}")
-        if len(tokens) >= self.max_model_len:
-            raise InvalidArgumentError(
-                f"the prompt has {len(tokens)} tokens; at most {self.max_model_len - 1} leave room for a new one "
-                f"(max_model_len = {self.max_model_len})"
-            )
+        length = self.check(tokens, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        length = self.max_model_len
-        if params.max_tokens is not None:
-            length = min(length, len(tokens) + params.max_tokens)
         sequences = [
             Sequence(
                 request_id=request_id,
@@ -63,13 +107,13 @@ class Engine:
                 tokens=list(tokens),
                 prompt_length=len(tokens),
                 params=params,
-                seed=sampling.fold_seed(seed, i),
+                seed=philox.fold_seed(seed, i),
                 max_length=length,
+                scores_prompt=i == 0 and params.prompt_logprobs is not None,
             )
             for i in range(params.n)
         ]
-        for sequence in sequences:
-            self.scheduler.add(sequence)
+        self.scheduler.add(*sequences)
         return sequences
 
     @property
@@ -79,90 +123,159 @@ class Engine:
 
     def abort(self, sequence: Sequence) -> None:
         """Ends a sequence now and frees its blocks."""
-        if not sequence.finished:
-            sequence.finish_reason = "abort"
-            self.scheduler.finish(sequence)
+        self._finish(sequence, "abort")
 
     def stop(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence because its text reached a stop string."""
-        if not sequence.finished:
-            sequence.finish_reason, sequence.stop_reason = "stop", reason
-            self.scheduler.finish(sequence)
+        self._finish(sequence, "stop", reason)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes; running sequences are not disturbed."""
+        self.scheduler.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """The figures now; safe to call from any thread."""
+        s = self.scheduler
+        return EngineStats(
+            running=len(s.running),
+            waiting=s.num_waiting,
+            kv_blocks_total=s.num_blocks,
+            kv_blocks_used=s.num_blocks - s.blocks.num_free,
+            kv_blocks_cached=s.blocks.num_cached,
+            prompt_tokens_computed=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            prefix_query_tokens=s.prefix_query_tokens,
+            prefix_hit_tokens=s.prefix_hit_tokens,
+            preemptions=s.preemptions,
+            steps=self._steps,
+            finished=self._finished,
+            schedule_seconds=self._schedule_seconds,
+            step_seconds=self._step_seconds,
+        )
 
     def step(self) -> list[Sequence]:
-        """Runs one step; returns the sequences that got a new token or ended."""
+        """Runs one step; returns the sequences that got a new token or ended.
+
+        A sequence that cannot be computed (its logits hold a NaN, memory runs out) ends with ``finish_reason``
+        ``error``; the others do not notice.
+        """
+        started = time.perf_counter()
         step = self.scheduler.schedule()
+        self._schedule_seconds += time.perf_counter() - started
         if not step:
             return []
         with self.model.ops.quiet():
-            return self._run(step)
-
-    def _run(self, step: SequenceOf[Scheduled]) -> list[Sequence]:
-        hidden = self.runner.run(step)
-        rows = self._rows(step)
-        changed = []
-        for tile, logits in self.runner.logits(hidden, sorted(rows)):
-            need = [row for row in tile if self._needs_logprobs(*rows[row])]
-            logprobs = self.model.ops.log_softmax(logits).cpu().numpy() if need else None
-            chosen = [row for row in tile if self._is_last(*rows[row])]
-            index = {row: i for i, row in enumerate(tile)}
-            picked = sampling.sample(
-                logits[[index[row] for row in chosen]],
-                [sampler.choice(rows[row][0].sequence) for row in chosen],
-            )
-            tokens = dict(zip(chosen, picked, strict=True))
-            for row in tile:
-                item, position = rows[row]
-                own = logprobs[index[row]] if logprobs is not None and row in need else None
-                s, p = item.sequence, item.sequence.params
-                if position + 1 < s.prompt_length and p.prompt_logprobs is not None and own is not None:
-                    s.prompt_logprobs.append(sampler.token_logprobs(own, s.tokens[position + 1], p.prompt_logprobs))
-                if row in tokens:
-                    if p.logprobs is not None and own is not None:
-                        s.logprobs.append(sampler.token_logprobs(own, tokens[row], p.logprobs))
-                    s.tokens.append(tokens[row])
-                    changed.append(s)
-        for item in step:
-            item.sequence.computed = item.start + item.count
-        for s in changed:
-            self._finish_if_done(s)
+            changed = self._run(step)
+        self._steps += 1
+        self._step_seconds += time.perf_counter() - started
         return changed
 
-    def _rows(self, step: SequenceOf[Scheduled]) -> dict[int, tuple[Scheduled, int]]:
-        """Rows of the hidden states whose logits matter, with the position of each row's token."""
-        rows: dict[int, tuple[Scheduled, int]] = {}
+    def _run(self, step: SequenceOf[Scheduled]) -> list[Sequence]:
+        try:
+            results = self._compute(step)
+        except torch.AcceleratorError:  # the device is lost, not a request
+            raise
+        except Exception as error:  # whatever it is, requests that have no part in it go on
+            if len(step) == 1:
+                return [self._fail(step[0].sequence, error)]
+            # a step changes nothing but cache slots of its own, so it may run again: same bits, one at a time
+            return [s for item in step for s in self._run([item])]
+        return [s for result in results if (s := self._apply(result)) is not None]
+
+    def _compute(self, step: SequenceOf[Scheduled]) -> list[_Result]:
+        """Runs the model and chooses tokens; changes no sequence."""
+        hidden = self.runner.run(step)
+        results = [_Result(item, []) for item in step]
+        rows, owners = self._wanted_rows(results)
+        for tile, logits in self.runner.logits(hidden, rows):
+            own = [owners[row] for row in tile]
+            self._choose(logits, own)
+        return results
+
+    def _wanted_rows(self, results: SequenceOf[_Result]) -> tuple[list[int], dict[int, tuple[_Result, int]]]:
+        """Rows of the hidden states whose logits matter; for each, whose it is and the position it predicts."""
+        owners: dict[int, tuple[_Result, int]] = {}
         offset = 0
-        for item in step:
-            s = item.sequence
-            if s.params.prompt_logprobs is not None and not s.prompt_logprobs:
-                s.prompt_logprobs.append(None)  # nothing predicts the first token
-            for i in range(item.count):
-                position = item.start + i
-                # after a preemption the prompt's rows run again, but are already scored
-                scored = len(s.prompt_logprobs) > position + 1
-                wanted = s.params.prompt_logprobs is not None and position + 1 < s.prompt_length and not scored
-                if wanted or position + 1 == len(s.tokens):
-                    rows[offset + i] = (item, position)
+        for result in results:
+            item, s = result.item, result.item.sequence
+            end = item.start + item.count
+            if s.scores_prompt:
+                # after a preemption the prompt's rows may run again, but are scored already
+                first = max(item.start + 1, len(s.prompt_logprobs), 1)
+                for position in range(first, min(end + 1, s.prompt_length)):
+                    owners[offset + position - 1 - item.start] = (result, position)
+            if item.samples:
+                owners[offset + item.count - 1] = (result, end)
             offset += item.count
-        return rows
+        return list(owners), owners
 
-    @staticmethod
-    def _is_last(item: Scheduled, position: int) -> bool:
-        return position + 1 == len(item.sequence.tokens)
+    def _choose(self, logits: torch.Tensor, owners: SequenceOf[tuple[_Result, int]]) -> None:
+        """Log-probabilities and tokens from one tile of logits [len(owners), V], which is changed."""
+        scored = [i for i, (result, position) in enumerate(owners) if _candidates(result, position) is not None]
+        rows = logits if len(scored) == len(owners) else logits[scored]
+        logprobs = dict(zip(scored, self.model.ops.log_softmax(rows).cpu().numpy(), strict=True)) if scored else {}
+        host = logits.cpu().numpy()
+        for i, (result, position) in enumerate(owners):
+            s = result.item.sequence
+            count = _candidates(result, position)
+            if position < s.prompt_length:
+                assert count is not None
+                result.prompt_logprobs.append(sampler.token_logprobs(logprobs[i], s.tokens[position], count))
+                continue
+            if sampler.adjusts(s):
+                sampler.adjust(host[i], s, self.eos)
+            result.token = sampling.sample_row(host[i], sampler.choice(s))
+            if count is not None:
+                result.logprobs = sampler.token_logprobs(logprobs[i], result.token, count)
 
-    @staticmethod
-    def _needs_logprobs(item: Scheduled, position: int) -> bool:
-        p = item.sequence.params
-        if position + 1 < item.sequence.prompt_length:
-            return p.prompt_logprobs is not None
-        return p.logprobs is not None
+    def _apply(self, result: _Result) -> Sequence | None:
+        """Notes what a step found out; the sequence if it got a token or ended."""
+        item, s = result.item, result.item.sequence
+        self.scheduler.commit(item)
+        self._prompt_tokens += max(0, min(s.computed, s.prompt_length) - item.start)
+        if s.scores_prompt:
+            if not s.prompt_logprobs:
+                s.prompt_logprobs.append(None)  # nothing predicts the first token
+            s.prompt_logprobs += result.prompt_logprobs
+        if result.token is None:
+            if s.computed < s.max_length:
+                return None
+            self._finish(s, "length")  # max_tokens = 0: there is nothing to choose
+            return s
+        s.tokens.append(result.token)
+        self._generated_tokens += 1
+        if result.logprobs is not None:
+            s.logprobs.append(result.logprobs)
+        if sampler.has_penalty(s):
+            s.counts[result.token] = s.counts.get(result.token, 0) + 1
+        self._finish_if_done(s)
+        return s
 
     def _finish_if_done(self, s: Sequence) -> None:
-        token = s.tokens[-1]
-        if token in (s.params.stop_token_ids or ()) or (token in self.eos and not s.params.ignore_eos):
-            s.finish_reason = "stop"
-            s.stop_reason = token if token not in self.eos else None
+        token, p = s.tokens[-1], s.params
+        # the token itself cannot come before min_tokens: its logit was −∞
+        if token in self.eos and not p.ignore_eos:
+            self._finish(s, "stop")
+        elif token in (p.stop_token_ids or ()):
+            self._finish(s, "stop", token)
         elif len(s.tokens) >= s.max_length:
-            s.finish_reason = "length"
-        if s.finished:
+            self._finish(s, "length")
+
+    def _fail(self, s: Sequence, error: Exception) -> Sequence:
+        known = isinstance(error, AnyFP4Error)
+        s.error = str(error) if known else f"{type(error).__name__}: {error}"
+        _log.error("request %s ends with an error: %s", s.request_id, s.error, exc_info=None if known else error)
+        self._finish(s, "error")
+        return s
+
+    def _finish(self, s: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        if not s.finished:
+            s.finish_reason, s.stop_reason = reason, stop_reason
             self.scheduler.finish(s)
+            self._finished += 1
+
+
+def _candidates(result: _Result, position: int) -> int | None:
+    """How many most likely tokens are wanted at a position; None: no log-probabilities at all."""
+    s = result.item.sequence
+    return s.params.prompt_logprobs if position < s.prompt_length else s.params.logprobs

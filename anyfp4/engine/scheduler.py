@@ -1,20 +1,32 @@
-"""Which sequences run in the next step, and which cache blocks they own. Plain Python: no tensors here."""
+"""Which sequences run in the next step, and on which tokens. Plain Python: no tensors here.
+
+First come, first served. Each step has a budget of tokens. Every running sequence that only waits for its next token
+takes one of it; running prompts take what is left, in order, and then waiting sequences join while there is budget, a
+place and room for their tokens. A waiting prompt may be cut to what budget remains. Nobody joins a step whose budget is
+used up, so there are never more running sequences than the budget has tokens, and none of them starves.
+
+Blocks are taken for all of a sequence's tokens when it joins, and one by one as it grows. If none is left then, the
+youngest running sequence goes back to the head of the queue, and is computed again later: the oldest one always gets
+on, and it fits alone, as ``add`` refuses whatever does not.
+
+Nothing here can change a sequence's bits: every op is batch-invariant, so any schedule gives the same tokens.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 
+from anyfp4.engine.block_manager import BlockManager, digest
 from anyfp4.engine.sequence import Sequence
 from anyfp4.errors import InvalidArgumentError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A sequence's share of a step: its tokens ``start`` … ``start + count − 1``.
-
-    The step chooses a new token for it if these are the last ones it has.
-    """
+    """A sequence's share of a step: its tokens ``start`` … ``start + count − 1``."""
 
     sequence: Sequence
     start: int
@@ -22,95 +34,201 @@ class Scheduled:
 
     @property
     def samples(self) -> bool:
-        """Whether a token is chosen after this step."""
-        return self.start + self.count == len(self.sequence.tokens)
+        """Whether a token is chosen after this step: these are its last ones, and it may have another."""
+        tokens = len(self.sequence.tokens)
+        return self.start + self.count == tokens and tokens < self.sequence.max_length
 
 
 class Scheduler:
-    """First come, first served, with chunked prefill and preemption by recomputation.
+    """Queues, runs and preempts sequences; a step takes time in proportion to its sequences and new blocks."""
 
-    Nothing here can change a sequence's bits: every op is batch-invariant, so any schedule gives the same tokens.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_step_tokens: int,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks
         self.max_num_seqs, self.max_step_tokens = max_num_seqs, max_step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.free_blocks: list[int] = list(range(num_blocks - 1, -1, -1))
+        self.enable_prefix_caching = enable_prefix_caching
+        self.blocks = BlockManager(num_blocks)
+        # dicts for their order and for removal in constant time
+        self.running: dict[Sequence, None] = {}
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        #: first completion of a prompt -> the others, which wait until they can share its blocks
+        self.followers: dict[Sequence, dict[Sequence, None]] = {}
+        self._leader_of: dict[Sequence, Sequence] = {}
+        self.preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence.
+    def check_fits(self, tokens: int) -> None:
+        """Refuses a sequence of up to ``tokens`` tokens that could not run even alone.
 
         Raises:
-            InvalidArgumentError: it could never fit the cache.
+            InvalidArgumentError: with the figures.
         """
-        need = self._blocks_for(sequence.max_length)
+        need = self._blocks_for(tokens)
         if need > self.num_blocks:
             raise InvalidArgumentError(
-                f"a request of up to {sequence.max_length} tokens needs {need} KV-cache blocks of {self.block_size} "
+                f"a request of up to {tokens} tokens needs {need} KV-cache blocks of {self.block_size} "
                 f"tokens, and there are {self.num_blocks}: raise kv_cache_bytes, or lower max_tokens or max_model_len"
             )
-        self.waiting.append(sequence)
+
+    def add(self, *sequences: Sequence) -> None:
+        """Queues the completions of one prompt.
+
+        With prefix caching, all but the first wait until its prompt is computed, and then share its blocks.
+
+        Raises:
+            InvalidArgumentError: they could never fit the cache.
+        """
+        first, *others = sequences
+        self.check_fits(first.max_length)
+        self.waiting[first] = None
+        if others and self.enable_prefix_caching and self._shareable(first):
+            self.followers[first] = dict.fromkeys(others)
+            self._leader_of.update(dict.fromkeys(others, first))
+        else:
+            self.waiting.update(dict.fromkeys(others))
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are queued."""
+        return len(self.waiting) + len(self._leader_of)
+
     def schedule(self) -> list[Scheduled]:
-        """Chooses the next step's work and gives it blocks."""
+        """Chooses the next step's work and gives it blocks. Each item is to be committed or finished."""
         budget = self.max_step_tokens
         step: list[Scheduled] = []
+        prompts: list[Sequence] = []
         for sequence in list(self.running):
-            if budget == 0:
-                break
             if sequence not in self.running:  # preempted by an older one in this very step
                 continue
-            count = min(budget, len(sequence.tokens) - sequence.computed)
-            while not self._reserve(sequence, sequence.computed + count):
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
-                step.append(Scheduled(sequence, sequence.computed, count))
-                budget -= count
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            count = min(budget, len(sequence.tokens))
-            if not self._reserve(sequence, count):
+            if len(sequence.tokens) - sequence.computed > 1:
+                prompts.append(sequence)
+            elif self._grow(sequence):
+                step.append(Scheduled(sequence, sequence.computed, 1))
+        budget -= len(step)
+        for sequence in prompts:
+            if budget == 0:
                 break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            step.append(Scheduled(sequence, 0, count))
+            count = min(budget, len(sequence.tokens) - sequence.computed)
+            step.append(Scheduled(sequence, sequence.computed, count))
+            budget -= count
+        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = next(iter(self.waiting))
+            if not self._join(sequence):
+                break
+            count = min(budget, len(sequence.tokens) - sequence.computed)
+            step.append(Scheduled(sequence, sequence.computed, count))
             budget -= count
         return step
 
+    def commit(self, item: Scheduled) -> None:
+        """Notes that a step has run: its full blocks can be found from now on."""
+        s = item.sequence
+        s.computed = item.start + item.count
+        if self.enable_prefix_caching:
+            full = s.computed // self.block_size
+            self._name_blocks(s, full)
+            for i in range(s.published, full):
+                self.blocks.publish(s.blocks[i], s.digests[i])
+            s.published = full
+            if s in self.followers and s.computed >= self._shareable(s):
+                self._release_followers(s)
+
     def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out and frees its blocks."""
+        """Takes a sequence out, wherever it is, and frees its blocks."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            del self.running[sequence]
         elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            del self.waiting[sequence]
+        elif sequence in self._leader_of:
+            leader = self._leader_of.pop(sequence)
+            del self.followers[leader][sequence]
         self._release(sequence)
+        if sequence in self.followers:
+            self._release_followers(sequence)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all prefixes; running sequences keep what they hold."""
+        self.blocks.reset()
+
+    def _join(self, sequence: Sequence) -> bool:
+        """Moves a waiting sequence to the running ones if there is room for all of its tokens."""
+        found: list[int] = []
+        if self.enable_prefix_caching:
+            count = sequence.skippable // self.block_size
+            self._name_blocks(sequence, count)
+            found = self.blocks.find(islice(sequence.digests, count))
+        total = self._blocks_for(len(sequence.tokens))
+        # without a spare block for each running sequence, one of the next steps would only preempt it again
+        fresh = self.blocks.take(found, total - len(found), spare=len(self.running))
+        if fresh is None:
+            return False
+        del self.waiting[sequence]
+        self.running[sequence] = None
+        sequence.blocks = array("i", [*found, *fresh])
+        sequence.published = len(found)
+        sequence.computed = len(found) * self.block_size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+            if self.enable_prefix_caching:
+                self.prefix_query_tokens += sequence.skippable
+                self.prefix_hit_tokens += sequence.computed
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Gives a running sequence room for its last token, at the cost of the youngest; False if that is itself."""
+        if len(sequence.blocks) * self.block_size >= len(sequence.tokens):
+            return True
+        while True:
+            fresh = self.blocks.take((), 1)
+            if fresh is not None:
+                sequence.blocks.extend(fresh)
+                return True
+            victim = next(reversed(self.running))
+            self._preempt(victim)
+            if victim is sequence:
+                return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
+        self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.free_blocks.extend(reversed(sequence.blocks))
-        sequence.blocks = []
-        sequence.computed = 0
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = array("i")
+        sequence.computed = sequence.published = 0
 
-    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        need = self._blocks_for(tokens) - len(sequence.blocks)
-        if need > len(self.free_blocks):
-            return False
-        sequence.blocks.extend(self.free_blocks.pop() for _ in range(need))
-        return True
+    def _release_followers(self, leader: Sequence) -> None:
+        """Moves them to the head of the queue: they came when their leader came."""
+        for sequence in reversed(self.followers.pop(leader)):
+            del self._leader_of[sequence]
+            self.waiting[sequence] = None
+            self.waiting.move_to_end(sequence, last=False)
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """How many of the prompt's tokens another completion of it can find in full blocks."""
+        return (sequence.prompt_length - 1) // self.block_size * self.block_size
+
+    def _name_blocks(self, sequence: Sequence, count: int) -> None:
+        """Computes the digests of at least the first ``count`` blocks, which are full."""
+        known, size = sequence.digests, self.block_size
+        while len(known) < count:
+            i = len(known) * size
+            known.append(digest(known[-1] if known else b"", sequence.tokens[i : i + size]))
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

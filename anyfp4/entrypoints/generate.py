@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from anyfp4.engine.config import SamplingParams
-from anyfp4.engine.sequence import TokenLogprobs
+from anyfp4.engine.outputs import TokenLogprobs
 from anyfp4.entrypoints.console import stderr, stdout
-from anyfp4.errors import InvalidArgumentError
+from anyfp4.errors import EngineError, InvalidArgumentError
 from anyfp4.llm import LLM, CompletionOutput, Prompt, RequestOutput
 
 
@@ -99,6 +99,7 @@ def run_one(llm: LLM, prompt: Prompt, params: SamplingParams, *, as_json: bool) 
             print(completion.text)
             _print_logprobs(completion, llm)
     stderr.print(_figures(output, params, started, first, ended), style="dim", highlight=False)
+    _raise_if_failed([output])
 
 
 def run_batch(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams) -> None:
@@ -112,6 +113,7 @@ def run_batch(llm: LLM, prompts: Sequence[Prompt], params: SamplingParams) -> No
     stderr.print(
         f"{len(outputs)} prompts, {count} tokens, {count / seconds:.1f} tokens/s", style="dim", highlight=False
     )
+    _raise_if_failed(outputs)
 
 
 def to_json(index: int, output: RequestOutput, llm: LLM) -> dict[str, Any]:
@@ -125,11 +127,21 @@ def to_json(index: int, output: RequestOutput, llm: LLM) -> dict[str, Any]:
                 "token_ids": list(c.token_ids),
                 "finish_reason": c.finish_reason,
                 "stop_reason": c.stop_reason,
+                "error": c.error,
                 "logprobs": None if c.logprobs is None else [_candidates(lp, llm) for lp in c.logprobs],
             }
             for c in output.outputs
         ],
     }
+
+
+def _raise_if_failed(outputs: Sequence[RequestOutput]) -> None:
+    """Ends the command with an error if a completion ended with one; whatever was generated is printed by then."""
+    failed = [(i, c.error) for i, output in enumerate(outputs) for c in output.outputs if c.finish_reason == "error"]
+    if failed:
+        index, error = failed[0]
+        more = f" ({len(failed)} completions failed)" if len(failed) > 1 else ""
+        raise EngineError(f"prompt {index}: {error}{more}")
 
 
 def _candidates(logprobs: TokenLogprobs, llm: LLM) -> list[dict[str, Any]]:

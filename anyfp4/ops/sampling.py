@@ -1,8 +1,13 @@
 """Log-probabilities, and choosing a token, the same for a row whatever rows stand beside it.
 
-Random numbers come from a counter: Philox4x32-10 (Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC'11)
-keyed by the request's seed, at the position of the token. Probabilities are turned into 64-bit integers before they are
-summed, so that sums are exact and no order of summation can show.
+How a token is drawn is defined by integers. With x = (logit − largest logit) / temperature in float32, a token's weight
+is eˣ (``elementary.exp``, 1 for the most likely token) times 2⁴⁰, rounded to an integer. Filters keep some tokens;
+the random number picks a place in the sum of their weights. Integer sums are exact, so no order of summation can show.
+
+Nobody needs the weights of a whole vocabulary for that, as a rule: the filters keep few tokens, and without filters a
+float32 estimate with a known bound on its error shows which token lies at the chosen place. Where the bound leaves a
+doubt, all weights are computed. Everything runs on numpy and so on the calling thread: waking torch's thread pool for
+one row of a vocabulary costs more than the work.
 """
 
 from __future__ import annotations
@@ -11,15 +16,30 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
+from torch import Tensor, float32
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.ops import elementary, exact
+from anyfp4.ops.philox import uniform64
+
+Row = npt.NDArray[np.float32]
+_Ids = npt.NDArray[np.int64]
 
 #: the most likely token's weight; a token 2⁴¹ times less likely weighs nothing
-_WEIGHT_ONE = 1 << 40
-_MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
+_WEIGHT_BITS = 40
+_WEIGHT_ONE = 1 << _WEIGHT_BITS
+#: a weight and an id together fit an int64
+_ID_BITS = 22
+_MAX_ID = (1 << _ID_BITS) - 1
+#: elements of a row in one group, where groups are looked at before elements
+_GROUP = 64
+#: elements summed in float32 at a time, and weights computed at a time (so that temporaries stay in the cache)
+_SUM, _CHUNK = 128, 8192
+#: relative error of the estimate: numpy's float32 exp is within 4 units in the last place, counted here as 2⁻²⁰; the
+#: exact weight's own rounding 2⁻²⁴; a sum of 128 terms at most 127·2⁻²⁴ in any order
+_ESTIMATE_ERROR = 2.0**-16
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -49,16 +69,14 @@ def log_softmax(logits: Tensor) -> Tensor:
     Raises:
         InvalidArgumentError: ``logits`` is not float32.
     """
-    if logits.dtype != torch.float32:
+    if logits.dtype != float32:
         raise InvalidArgumentError(f"logits must be float32, got {logits.dtype}")
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     return shifted - elementary.log(exact.total(elementary.exp(shifted))).unsqueeze(-1)
 
 
 def sample(logits: Tensor, choices: list[Choice]) -> list[int]:
-    """Chooses a token for every row.
-
-    Filters apply in the order top_k, top_p, min_p, on the probabilities after the temperature.
+    """Chooses a token for every row; see :func:`sample_row`.
 
     Args:
         logits: float32 [M, V].
@@ -68,75 +86,186 @@ def sample(logits: Tensor, choices: list[Choice]) -> list[int]:
         M token ids.
 
     Raises:
-        InvalidArgumentError: wrong dtype or count, or a row with a NaN.
+        InvalidArgumentError: wrong dtype or count, or a broken row.
     """
-    if logits.dtype != torch.float32 or logits.dim() != 2 or logits.shape[0] != len(choices):
+    if logits.dtype != float32 or logits.dim() != 2 or logits.shape[0] != len(choices):
         raise InvalidArgumentError(
             f"logits must be float32 [{len(choices)}, V], got {logits.dtype} {list(logits.shape)}"
         )
-    tokens = []
-    for index, (row, choice) in enumerate(zip(logits, choices, strict=True)):
-        best, token = _first_maximum(row)
-        if math.isnan(best):
-            raise InvalidArgumentError(f"the logits of row {index} hold a NaN: the model or its input is broken")
-        tokens.append(token if choice.temperature == 0 else _sample_row(row, best, choice))
-    return tokens
+    return [sample_row(row, choice) for row, choice in zip(logits.cpu().numpy(), choices, strict=True)]
 
 
-def _first_maximum(row: Tensor) -> tuple[float, int]:
-    """The largest element and its first index; NaN if there is one."""
-    if row.device.type == "cpu":
-        # numpy stays on this thread: torch would wake its pool for a vocabulary, and 10 µs become milliseconds
-        token = int(np.argmax(row.numpy()))
-        return float(row[token]), token
-    best, index = row.max(dim=-1)
-    return float(best), int(index)
+def sample_row(row: Row, choice: Choice) -> int:
+    """Chooses one token.
 
+    Filters apply in the order top_k, top_p, min_p, on the probabilities after the temperature. "Most likely" goes by
+    weight, and among equal weights the lower id comes first.
 
-def _sample_row(logits: Tensor, best: float, choice: Choice) -> int:
-    temperature = torch.tensor(choice.temperature, dtype=torch.float32, device=logits.device)
-    probability = elementary.exp((logits - best) / temperature)  # of the most likely token: 1
-    weight = torch.round(probability.to(torch.float64) * _WEIGHT_ONE).to(torch.int64)
-    smallest = int(choice.min_p * _WEIGHT_ONE) if choice.min_p > 0 else 1
-    if choice.top_k or choice.top_p < 1:
-        # stable: among equals the lower id comes first
-        order = torch.sort(weight, descending=True, stable=True)
-        ids, weight = order.indices, order.values
+    Args:
+        row: float32 [V].
+        choice: how.
+
+    Raises:
+        InvalidArgumentError: the row holds a NaN or +∞, or nothing but −∞.
+    """
+    token = int(np.argmax(row))  # a NaN, if there is one
+    best = float(row[token])
+    if not math.isfinite(best):
+        what = "NaN" if math.isnan(best) else best
+        raise InvalidArgumentError(f"the largest logit is {what} (token {token}): the model or its input is broken")
+    temperature = min(float(np.float32(min(choice.temperature, _FLOAT32_MAX))), _FLOAT32_MAX)
+    if temperature == 0:
+        return token
+    with np.errstate(over="ignore", under="ignore"):
+        scaled = _Scaled(row, best, temperature)
+        random = uniform64(choice.seed, choice.position)
+        smallest = int(choice.min_p * _WEIGHT_ONE) if choice.min_p > 0 else 1
         if choice.top_k:
-            ids, weight = ids[: choice.top_k], weight[: choice.top_k]
-        if choice.top_p < 1:
-            before = weight.cumsum(0) - weight
-            keep = before < int(choice.top_p * int(weight.sum()))
-            keep[0] = True
-            ids, weight = ids[keep], weight[keep]
-    else:
-        ids = torch.arange(weight.shape[0], device=weight.device)
-    weight = torch.where(weight >= smallest, weight, torch.zeros_like(weight))
-    cumulative = weight.cumsum(0)
-    target = (uniform64(choice.seed, choice.position) * int(cumulative[-1])) >> 64
-    return int(ids[int(torch.searchsorted(cumulative, target, right=True))])
+            ids, weights = _top_k(scaled, choice.top_k)
+            if choice.top_p < 1:
+                ids, weights = _cut(ids, weights, int(choice.top_p * int(weights.sum())))
+        elif choice.top_p < 1:
+            ids, weights = _top_p(scaled, choice.top_p)
+        elif choice.min_p > 0:
+            ids = scaled.at_least(smallest)
+            weights = scaled.weights(ids)
+        else:
+            return _draw_any(scaled, random)
+        return int(ids[_draw(np.where(weights >= smallest, weights, 0), random)])
 
 
-def uniform64(seed: int, position: int) -> int:
-    """A random integer in 0…2⁶⁴−1 for (seed, position)."""
-    x = philox4x32((position & _MASK32, (position >> 32) & _MASK32, 0, 0), (seed & _MASK32, (seed >> 32) & _MASK32))
-    return x[0] | (x[1] << 32)
+def largest(row: Row, count: int) -> _Ids:
+    """The ids of the ``count`` largest elements, largest first, the lower id first among equals."""
+    reach = np.flatnonzero(row >= _reach(row, count))
+    return reach[np.argsort(-row[reach], kind="stable")[:count]]
 
 
-def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10: four random 32-bit integers for a counter of four and a key of two."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK32
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return c0, c1, c2, c3
+def _reach(row: Row, count: int) -> np.float32:
+    """A value that at least ``count`` elements reach, and not many more."""
+    groups = row.shape[0] // _GROUP
+    if count > groups:
+        return np.float32(np.partition(row, -min(count, row.shape[0]))[-min(count, row.shape[0])])
+    # the best of each of these groups reaches the count-th of the groups' maxima
+    maxima = row[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+    return np.float32(np.partition(maxima, -count)[-count])
 
 
-def fold_seed(seed: int, stream: int) -> int:
-    """A seed for another stream of random numbers under the same seed (the n-th completion of one request)."""
-    if stream == 0:
-        return seed & _MASK64
-    x = philox4x32((stream & _MASK32, stream >> 32, 1, 0), (seed & _MASK32, (seed >> 32) & _MASK32))
-    return x[0] | (x[1] << 32)
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A row of logits with its maximum and the temperature: x = (row − best) / temperature, in float32."""
+
+    row: Row
+    best: float
+    temperature: float
+
+    def x(self, ids: _Ids | slice) -> Row:
+        return (self.row[ids] - np.float32(self.best)) / np.float32(self.temperature)
+
+    def weights(self, ids: _Ids | slice) -> _Ids:
+        """The exact weights of some tokens: int64."""
+        return np.rint(_exp(self.x(ids)).astype(np.float64) * _WEIGHT_ONE).astype(np.int64)
+
+    def at_least(self, weight: int) -> _Ids:
+        """The ids of all tokens whose weight may be ``weight`` or more (1 or more, if it is 0), in order.
+
+        A weight of w or more needs eˣ ≥ (w − ½)·2⁻⁴⁰ up to 2⁻²⁴ of itself, and x is off by less than 2⁻²² of itself.
+        """
+        x = math.log((max(weight, 1) - 0.5) / _WEIGHT_ONE) - 2.0**-20
+        limit = max(self.best + self.temperature * x * (1 + 2.0**-20), -_FLOAT32_MAX)
+        return np.flatnonzero(self.row >= np.nextafter(np.float32(limit), np.float32(-np.inf)))
+
+    def estimate(self) -> tuple[Row, npt.NDArray[np.float64]]:
+        """eˣ of all tokens in float32, and the sums of each 128 of them."""
+        x = self.x(slice(None))
+        np.exp(x, out=x)
+        return x, np.add.reduceat(x, np.arange(0, x.shape[0], _SUM)).astype(np.float64)
+
+    def total(self) -> int:
+        """The exact sum of all weights."""
+        starts = range(0, self.row.shape[0], _CHUNK)
+        return sum(int(self.weights(slice(i, i + _CHUNK)).sum()) for i in starts)
+
+
+def _exp(x: Row) -> Row:
+    """``elementary.exp`` on numpy: the same operations, and so the same bits. Without NaN."""
+    x64 = np.clip(x, elementary.EXP_MIN, elementary.EXP_MAX).astype(np.float64)
+    n = np.rint(x64 * elementary.LOG2_E)
+    r = (x64 - n * elementary.LN2_HIGH) - n * elementary.LN2_LOW
+    p = np.full_like(r, elementary.EXP_COEFFICIENTS[0])
+    for c in elementary.EXP_COEFFICIENTS[1:]:
+        p *= r
+        p += c
+    power = (n.astype(np.int64) + 1023) << 52
+    p *= power.view(np.float64)
+    return p.astype(np.float32)
+
+
+def _top_k(scaled: _Scaled, k: int) -> tuple[_Ids, _Ids]:
+    """The k heaviest tokens and their weights, heaviest first."""
+    k = min(k, scaled.row.shape[0])
+    reached = _Scaled(np.array([_reach(scaled.row, k)]), scaled.best, scaled.temperature)
+    # logits that differ may have equal weights, of which the lowest ids count
+    ids, weights = _by_weight(scaled, scaled.at_least(int(reached.weights(slice(None))[0])))
+    return ids[:k], weights[:k]
+
+
+def _top_p(scaled: _Scaled, top_p: float) -> tuple[_Ids, _Ids]:
+    """The heaviest tokens that together have ``top_p`` of all weight, and their weights, heaviest first."""
+    p, sums = scaled.estimate()
+    total, size = float(sums.sum()), p.shape[0]
+    rest = (1 - top_p) * total
+    if rest < size * 2.0 ** (2 - _WEIGHT_BITS):  # so close to 1 that rounded weights count
+        ids, weights = _by_weight(scaled, scaled.at_least(1))
+        return _cut(ids, weights, int(top_p * int(weights.sum())))
+    # tokens below half the average of the rest cannot make up the rest, so none of them is kept
+    ids, weights = _by_weight(scaled, np.flatnonzero(p >= np.float32(rest / size / 2)))
+    error = total * _ESTIMATE_ERROR + size * 2.0**-_WEIGHT_BITS
+    low, high = (_cut(ids, weights, int(top_p * int(t * _WEIGHT_ONE))) for t in (total - error, total + error))
+    if low[0].shape == high[0].shape:
+        return low
+    return _cut(ids, weights, int(top_p * scaled.total()))
+
+
+def _by_weight(scaled: _Scaled, ids: _Ids) -> tuple[_Ids, _Ids]:
+    """Tokens and their weights, heaviest first, the lower id first among equals."""
+    weights = scaled.weights(ids)
+    if scaled.row.shape[0] > _MAX_ID:
+        order = np.argsort(-weights, kind="stable")
+        return ids[order], weights[order]
+    # one integer holds both keys: sorting plain integers is several times as fast as a stable sort of indices
+    keys = np.sort((weights << _ID_BITS) | (_MAX_ID - ids))[::-1]
+    return _MAX_ID - (keys & _MAX_ID), keys >> _ID_BITS
+
+
+def _cut(ids: _Ids, weights: _Ids, enough: int) -> tuple[_Ids, _Ids]:
+    """The tokens before which there is less than ``enough`` weight; at least one."""
+    before = np.cumsum(weights) - weights
+    count = max(1, int(np.searchsorted(before, enough, side="left")))
+    return ids[:count], weights[:count]
+
+
+def _draw(weights: _Ids, random: int) -> int:
+    """The index of the token at the random place."""
+    cumulative = np.cumsum(weights)
+    target = (random * int(cumulative[-1])) >> 64
+    return int(np.searchsorted(cumulative, target, side="right"))
+
+
+def _draw_any(scaled: _Scaled, random: int) -> int:
+    """A token of the whole vocabulary: by the estimate if the place is well inside a token, else exactly."""
+    p, sums = scaled.estimate()
+    ends = np.cumsum(sums)
+    place = random / 2.0**64 * float(ends[-1])
+    block = int(np.searchsorted(ends, place, side="right"))
+    if block < ends.shape[0]:
+        inner = p[block * _SUM : (block + 1) * _SUM].astype(np.float64)
+        inner_ends = np.cumsum(inner) + (ends[block - 1] if block else 0.0)
+        index = int(np.searchsorted(inner_ends, place, side="right"))
+        if index < inner.shape[0]:
+            # the place and the ends around it are each off by at most this
+            error = float(inner_ends[index]) * _ESTIMATE_ERROR + p.shape[0] * 2.0**-_WEIGHT_BITS
+            begin = inner_ends[index] - inner[index]
+            if begin + 2 * error < place < inner_ends[index] - 2 * error:
+                return block * _SUM + index
+    ids = scaled.at_least(1)
+    return int(ids[_draw(scaled.weights(ids), random)])

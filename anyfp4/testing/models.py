@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,7 @@ def all_logits(
         params=SamplingParams(),
         seed=0,
         max_length=len(tokens) + 1,
-        blocks=list(range(count)),
+        blocks=array("i", range(count)),
     )
     parts, start = [], 0
     for size in chunks or [len(tokens)]:

@@ -11,7 +11,13 @@ import torch
 
 from anyfp4 import LLM, EngineConfig, SamplingParams
 from anyfp4.backends import registry
-from anyfp4.errors import BackendError, CheckpointFileError, EnvironmentVariableError, InvalidArgumentError
+from anyfp4.errors import (
+    BackendError,
+    CheckpointFileError,
+    EngineError,
+    EnvironmentVariableError,
+    InvalidArgumentError,
+)
 from anyfp4.llm import RequestOutput
 from anyfp4.testing.models import all_logits
 
@@ -70,7 +76,7 @@ def test_batch_order_and_chunks_do_not_matter(tiny_model: Path, numerics: str, t
         together = other.generate([PROMPTS[i] for i in order], [params[i] for i in order])
         for i, output in zip(order, together, strict=True):
             same(output, alone[i])
-        assert len(other.engine.scheduler.free_blocks) == other.engine.scheduler.num_blocks
+        assert other.engine.stats().kv_blocks_used == 0
 
 
 def test_prompt_logprobs(llm: LLM) -> None:
@@ -113,6 +119,58 @@ def test_stop_strings(llm: LLM) -> None:
     assert streamed[-1] == done.text
 
 
+def test_stop_strings_wait_for_min_tokens(llm: LLM) -> None:
+    options = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True}
+    free = llm.generate("hello", SamplingParams(**options))[0].outputs[0]
+    stop = free.text[2]
+    done = llm.generate("hello", SamplingParams(**options, stop=stop, min_tokens=8))[0].outputs[0]
+    assert len(done.token_ids) >= 8 and done.token_ids == free.token_ids[: len(done.token_ids)]
+    assert (done.finish_reason == "stop") == (stop in free.text[7:])
+
+
+def test_streams_side_by_side(llm: LLM) -> None:
+    """Steps that one stream takes serve the other; nothing is lost, whoever is read first."""
+    params = [SamplingParams(temperature=0.9, seed=i, max_tokens=12, n=2, ignore_eos=True) for i in range(2)]
+    expected = [llm.generate(p, q)[0] for p, q in zip(PROMPTS, params, strict=False)]
+    first, second = (llm.stream(p, q) for p, q in zip(PROMPTS, params, strict=False))
+    next(first)
+    next(second)
+    outputs = list(second)
+    assert len(outputs) <= 13
+    same(outputs[-1], expected[1])
+    same(llm.generate(PROMPTS[0], params[0])[0], expected[0])
+    same(list(first)[-1], expected[0])
+    assert not llm.engine.has_work and not llm._open and not llm._changed
+
+
+def test_a_lent_engine_generates_nothing(llm: LLM) -> None:
+    llm.lend("somebody")
+    try:
+        with pytest.raises(EngineError, match="the engine is in use by somebody"):
+            llm.generate("a")
+        with pytest.raises(EngineError, match="in use by somebody"):
+            llm.lend("another")
+    finally:
+        llm.lend(None)
+    stream = llm.stream("a")
+    next(stream)
+    with pytest.raises(EngineError, match="a running generate or stream"):
+        llm.lend("somebody")
+    stream.close()  # type: ignore[attr-defined]
+    llm.lend("somebody")
+    llm.lend(None)
+
+
+def test_an_error_is_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise MemoryError("all used up")
+
+    monkeypatch.setattr(llm.engine.runner, "run", failing)
+    output = llm.generate("hello", SamplingParams(n=2))[0]
+    assert output.finished and output.error == "MemoryError: all used up"
+    assert {c.finish_reason for c in output.outputs} == {"error"}
+
+
 def test_stop_tokens_and_end_of_sequence(llm: LLM) -> None:
     free = llm.generate("hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))[0].outputs[0]
     token = free.token_ids[4]
@@ -135,7 +193,7 @@ def test_closing_a_stream_frees_everything(llm: LLM) -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert not llm.engine.has_work
-    assert len(llm.engine.scheduler.free_blocks) == llm.engine.scheduler.num_blocks
+    assert llm.engine.stats().kv_blocks_used == 0
 
 
 def test_prompt_forms(llm: LLM) -> None:
@@ -159,7 +217,7 @@ def test_prompt_forms(llm: LLM) -> None:
         ("x", {"top_p": 0}, "top_p"),
         ("x", {"min_p": 1.5}, "min_p"),
         ("x", {"top_k": -2}, "top_k"),
-        ("x", {"max_tokens": 0}, "max_tokens"),
+        ("x", {"max_tokens": -1}, "max_tokens"),
         ("x", {"n": 0}, "n must be"),
         ("x", {"stop": [""]}, "stop"),
         ("x", {"logprobs": -1}, "logprobs"),
