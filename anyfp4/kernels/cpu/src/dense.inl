@@ -84,6 +84,24 @@ static void dense_bounds(const DenseArgs& a, int64_t begin, int64_t end, RowBoun
     }
 }
 
+// Output n of token t from its float64 sum.
+static inline void settle_dense(const DenseArgs& a, int64_t t, int64_t n, double unit, double sum) {
+    float y;
+    const RowBound bx = a.x_bound[t], bw = a.w_bound[n];
+    const double norms = double(bx.norm) * double(bw.norm);
+    // norms that are not finite: an infinity or a NaN among the factors, or nearly
+    if (norms < pow2(53 + bx.unit + bw.unit)) {
+        y = float(sum) + 0.0f;
+    } else if (!(norms < 0x1p1000 && decided(sum, unit * norms, &y))) {
+        const float* xf = a.x32 + t * a.k;
+        weight_row(a, n, a.w32);
+        y = exact_dot(a.k, [&](int64_t i) { return xf[i]; }, [&](int64_t i) { return a.w32[i]; });
+    }
+    if (a.row_scale) y *= a.token_scale ? a.token_scale[t] * a.row_scale[n] : a.row_scale[n];
+    if (a.bias) y += a.bias[n];
+    store_float(a.out, t * a.n + n, a.out_dtype, y, a.bf16_nan);
+}
+
 // Rows begin <= n < end of the product with all m tokens.
 static void dense_rows(const DenseArgs& a, int64_t begin, int64_t end) {
     const double unit = double(a.k + 3) * 0x1p-53;
@@ -100,27 +118,20 @@ static void dense_rows(const DenseArgs& a, int64_t begin, int64_t end) {
                 widen(a.w32, a.k, wide);
             }
         }
-        for (int64_t t = 0; t < a.m; ++t) {
-            double sum[4];
+        for (int64_t t = 0; t < a.m;) {
+            double sum[3][4];
             const double* x = a.x64 + t * a.k;
-            if (a.bf16_in_place) bf16_dot4(x, static_cast<const uint16_t*>(a.w) + n * a.k, rows, a.k, sum);
-            else dot4(x, a.w64, a.w64 + a.k, a.w64 + 2 * a.k, a.w64 + 3 * a.k, a.k, sum);
-            for (int r = 0; r < rows; ++r) {
-                float y;
-                const RowBound bx = a.x_bound[t], bw = a.w_bound[n + r];
-                const double norms = double(bx.norm) * double(bw.norm);
-                // norms that are not finite: an infinity or a NaN among the factors, or nearly
-                if (norms < pow2(53 + bx.unit + bw.unit)) {
-                    y = float(sum[r]) + 0.0f;
-                } else if (!(norms < 0x1p1000 && decided(sum[r], unit * norms, &y))) {
-                    const float* xf = a.x32 + t * a.k;
-                    weight_row(a, n + r, a.w32);
-                    y = exact_dot(a.k, [&](int64_t i) { return xf[i]; }, [&](int64_t i) { return a.w32[i]; });
-                }
-                if (a.row_scale) y *= a.token_scale ? a.token_scale[t] * a.row_scale[n + r] : a.row_scale[n + r];
-                if (a.bias) y += a.bias[n + r];
-                store_float(a.out, t * a.n + n + r, a.out_dtype, y, a.bf16_nan);
+            int tokens = 1;
+            if (a.bf16_in_place) {
+                bf16_dot4(x, static_cast<const uint16_t*>(a.w) + n * a.k, rows, a.k, sum[0]);
+            } else if (t + 3 <= a.m) {
+                tokens = 3;
+                dot_block<3>(x, a.k, a.w64, a.k, a.k, sum);
+            } else {
+                dot_block<1>(x, a.k, a.w64, a.k, a.k, sum);
             }
+            for (int i = 0; i < tokens; ++i, ++t)
+                for (int r = 0; r < rows; ++r) settle_dense(a, t, n + r, unit, sum[i][r]);
         }
     }
 }

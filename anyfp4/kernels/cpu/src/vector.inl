@@ -39,45 +39,28 @@ static inline double total(vd v) {
     return sum;
 }
 
-// Dot products of `a` with four rows at once, in float64, any order. T is float or double.
-template <typename T>
-static inline void dot4(const double* a, const T* b0, const T* b1, const T* b2, const T* b3, int64_t n, double* out) {
-    vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
+// Dot products of T rows a + t a_stride with four rows b + r b_stride, in float64, any order. With three there are 12 sums,
+// which take 7 loads for 12 multiply-adds; one alone takes 5 for 4, and loads are then the limit.
+template <int T>
+static inline void dot_block(const double* a, int64_t a_stride, const double* b, int64_t b_stride, int64_t n,
+                             double (*out)[4]) {
+    vd sum[T][4];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < 4; ++r) sum[t][r] = splat(0);
     int64_t i = 0;
-#pragma GCC unroll 4
     for (; i + VD <= n; i += VD) {
-        const vd x = load(a + i);
-        s0 = madd(x, load(b0 + i), s0);
-        s1 = madd(x, load(b1 + i), s1);
-        s2 = madd(x, load(b2 + i), s2);
-        s3 = madd(x, load(b3 + i), s3);
+        vd x[T];
+        for (int t = 0; t < T; ++t) x[t] = load(a + t * a_stride + i);
+        for (int r = 0; r < 4; ++r) {
+            const vd y = load(b + r * b_stride + i);
+            for (int t = 0; t < T; ++t) sum[t][r] = madd(x[t], y, sum[t][r]);
+        }
     }
-    double t0 = 0, t1 = 0, t2 = 0, t3 = 0;
-    for (; i < n; ++i) {
-        t0 += a[i] * b0[i];
-        t1 += a[i] * b1[i];
-        t2 += a[i] * b2[i];
-        t3 += a[i] * b3[i];
-    }
-    out[0] = total(s0) + t0;
-    out[1] = total(s1) + t1;
-    out[2] = total(s2) + t2;
-    out[3] = total(s3) + t3;
-}
-
-template <typename T>
-static inline double dot1(const double* a, const T* b, int64_t n) {
-    vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
-    int64_t i = 0;
-    for (; i + 4 * VD <= n; i += 4 * VD) {
-        s0 = madd(load(a + i), load(b + i), s0);
-        s1 = madd(load(a + i + VD), load(b + i + VD), s1);
-        s2 = madd(load(a + i + 2 * VD), load(b + i + 2 * VD), s2);
-        s3 = madd(load(a + i + 3 * VD), load(b + i + 3 * VD), s3);
-    }
-    double tail = 0;
-    for (; i < n; ++i) tail += a[i] * b[i];
-    return total((s0 + s1) + (s2 + s3)) + tail;
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < 4; ++r) {
+            out[t][r] = total(sum[t][r]);
+            for (int64_t j = i; j < n; ++j) out[t][r] += a[t * a_stride + j] * b[r * b_stride + j];
+        }
 }
 
 // What the elements of a row have in common. All are multiples of 2^unit (zeros aside), so if |a| |b| < 2^(53 + units)
