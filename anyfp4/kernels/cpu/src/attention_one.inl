@@ -16,6 +16,7 @@ static inline void moved(const uint16_t* p, vd* out) {
 }
 
 typedef int16_t vs __attribute__((vector_size(8 * VD)));
+typedef uint16_t vsu __attribute__((vector_size(8 * VD)));
 typedef int16_t vs_unaligned __attribute__((vector_size(8 * VD), aligned(2), may_alias));
 
 // Magnitudes of bfloat16 numbers, in 16-bit lanes.
@@ -34,7 +35,7 @@ struct Bf16Magnitudes {
         }
     }
     void add(vs m) {
-        const vs less = m + 0x7FFF;  // m - 1, ordered as if unsigned: zero comes last
+        const vs less = (vs)((vsu)m + 0x7FFF);  // m - 1, ordered as if unsigned: zero comes last
         top = m > top ? m : top;
         bottom = less < bottom ? less : bottom;
         bits |= m;
