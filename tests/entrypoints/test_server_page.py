@@ -58,9 +58,14 @@ def page(browser: Any) -> Iterator[Any]:
     assert [c for c in complaints if "Failed to load resource" not in c] == []
 
 
+def wait_for(page: Any, expression: str) -> None:
+    """Asks again and again from outside: the page's policy forbids a condition that is polled inside."""
+    wait_until(lambda: page.evaluate(expression), expression)
+
+
 def visit(page: Any, server: Running) -> None:
     page.goto(server.url + "/")
-    page.wait_for_function("document.getElementById('model').textContent !== '…'")
+    wait_for(page, "document.getElementById('model').textContent !== '…'")
 
 
 def settings(page: Any, **values: str) -> None:
@@ -211,10 +216,10 @@ def test_api_key_is_asked_for(page: Any, tiny_model: Path) -> None:
         assert page.evaluate("document.activeElement.id") == "key"
         page.keyboard.type("wrong")
         page.keyboard.press("Tab")
-        page.wait_for_function("document.getElementById('alarm').textContent.includes('not right')")
+        wait_for(page, "document.getElementById('alarm').textContent.includes('not right')")
         page.fill("#key", "s3cret")
         page.press("#key", "Tab")
-        page.wait_for_function("document.getElementById('model').textContent.includes('tiny')")
+        wait_for(page, "document.getElementById('model').textContent.includes('tiny')")
         assert page.is_hidden("#alarm")
         page.fill("#max-tokens", "3")
         ask(page, "hello")
@@ -253,7 +258,7 @@ def test_the_policy_lets_nothing_foreign_in(page: Any, server: Running) -> None:
     response = page.goto(server.url + "/")
     policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
-    page.wait_for_function("document.getElementById('model').textContent !== '…'")
+    wait_for(page, "document.getElementById('model').textContent !== '…'")
     page.evaluate(
         "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.bad = 1'}))"
     )
