@@ -39,6 +39,23 @@ static inline double total(vd v) {
     return sum;
 }
 
+// The four totals.
+static inline void totals(const vd* v, double* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    __m256d half[4];  // GCC 12 warns inside the unmasked forms
+    for (int i = 0; i < 4; ++i)
+        half[i] = _mm512_maskz_extractf64x4_pd(0xF, (__m512d)v[i], 0) + _mm512_maskz_extractf64x4_pd(0xF, (__m512d)v[i], 1);
+#else
+    const __m256d half[4] = {(__m256d)v[0], (__m256d)v[1], (__m256d)v[2], (__m256d)v[3]};
+#endif
+    const __m256d a = _mm256_hadd_pd(half[0], half[1]), b = _mm256_hadd_pd(half[2], half[3]);
+    _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x21), _mm256_blend_pd(a, b, 0xC)));
+#else
+    for (int i = 0; i < 4; ++i) out[i] = total(v[i]);
+#endif
+}
+
 // Dot products of `a` with four rows at once, in float64, any order. T is float or double.
 template <typename T>
 static inline void dot4(const double* a, const T* b0, const T* b1, const T* b2, const T* b3, int64_t n, double* out) {
