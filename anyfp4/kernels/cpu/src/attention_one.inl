@@ -115,7 +115,7 @@ static void attention_one(const AttentionArgs& a, const AttentionItem& item, con
     const uint16_t* v_cache = static_cast<const uint16_t*>(a.v_cache);
     for (int64_t r = 0; r < v.rows; ++r) {
         load_row(a.q, item.begin * a.q_stride + (item.h0 + r) * dim, dim, a.dtype, s.row);
-        dense_prepare_x(s.row, dim, true, s.q64 + r * dim, &s.q_bound[r]);
+        dense_prepare_x(s.row, dim, BF16, s.q64 + r * dim, &s.q_bound[r]);
     }
     for (int64_t tile = v.from; tile < v.to; tile += KEY_TILE) {
         const int64_t keys = v.to - tile < KEY_TILE ? v.to - tile : KEY_TILE;
