@@ -24,14 +24,13 @@ _MAX_K = 1 << 16
 
 
 @triton.jit
-def normalised(x, weight, K, eps):
-    """float32 x [R, N] (zero from column K on) / √(mean square + eps) × weight [N], unrounded: float32 [R, N]."""
+def inverse_rms(x, K, eps):
+    """1 / √(mean square + eps) of each row of float32 x [R, N], which is zero from column K on: float32 [R]."""
     x64 = x.to(tl.float64)
     squares = sum_neighbours(x64 * x64).to(tl.float32)
     mean = tl.div_rn(squares, tl.zeros_like(squares) + K)
     root = tl.sqrt_rn(mean + eps)
-    inverse = tl.div_rn(tl.zeros_like(root) + 1.0, root)
-    return x * inverse[:, None] * weight[None, :]
+    return tl.div_rn(tl.zeros_like(root) + 1.0, root)
 
 
 @triton.jit
@@ -51,7 +50,8 @@ def _rms_norm(
         tl.store(p_total + here, total, mask=live)
         x = total.to(tl.float32)
     weight = tl.load(p_weight + column, mask=column < K, other=0.0).to(tl.float32)
-    tl.store(p_y + here, rounded(normalised(x, weight, K, eps), p_y.dtype.element_ty), mask=live)
+    y = x * inverse_rms(x, K, eps)[:, None] * weight[None, :]
+    tl.store(p_y + here, rounded(y, p_y.dtype.element_ty), mask=live)
 
 
 def tile(k: int) -> tuple[int, int, int]:
