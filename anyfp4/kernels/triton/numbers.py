@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """E2M1 and E4M3 in Triton, by comparisons and bit arithmetic: the same in the interpreter and on every target.
 
 Triton's own fp8 type is not used: Ampere has none, and conversions to it differ between targets.

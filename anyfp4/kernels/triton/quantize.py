@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Activation quantization: x [M, K] to E2M1 codes and E4M3 block scales, bit for bit as ``formats/nvfp4.py``.
 
 Every block of 16 is on its own, so the kernel sees x as a list of blocks. Each float32 operation is rounded once: no
@@ -10,6 +9,8 @@ native numerics multiplies.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -43,9 +44,9 @@ def quantize_block(x, g):
     return tl.where(s[:, None] == 0.0, 0, codes), bits, s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _quantize(
-    p_x, p_pre, p_g, p_values, p_packed, p_scale, total, KB, x_stride, PRE: tl.constexpr, VALUES: tl.constexpr,
+    p_x, p_pre, p_g, p_out, p_scale, total, KB, x_stride, PRE: tl.constexpr, VALUES: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -60,32 +61,39 @@ def _quantize(
     codes, bits, s = quantize_block(float32_of(x), tl.load(p_g))
     if VALUES:
         values = e2m1_half(codes) * s.to(tl.float16)[:, None]
-        tl.store(p_values + block[:, None] * 16 + j[None, :], values, mask=live[:, None])
+        tl.store(p_out + block[:, None] * 16 + j[None, :], values, mask=live[:, None])
     else:
         low, high = tl.split(tl.reshape(codes, (BLOCKS, 8, 2)))
         j8 = tl.arange(0, 8)
-        tl.store(p_packed + block[:, None] * 8 + j8[None, :], (low | (high << 4)).to(tl.uint8), mask=live[:, None])
-        tl.store(p_scale + block, bits.to(tl.uint8), mask=live)
+        tl.store(p_out + block[:, None] * 8 + j8[None, :], (low | (high << 4)).to(tl.uint8), mask=live[:, None])
+    tl.store(p_scale + block, bits.to(tl.uint8), mask=live)
 
 
-def quantize_values(x: Tensor, inverse_scale: Tensor, pre_quant_scale: Tensor | None = None) -> Tensor:
-    """code × block_scale of a quantized activation.
+def quantize_values(
+    x: Tensor,
+    inverse_scales: Sequence[Tensor],
+    pre_quant_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """code × block_scale of an activation, and the block scales, once for each global scale.
 
     Args:
         x: [M, K] bfloat16, float16 or float32, rows of unit stride, K a multiple of 16.
-        inverse_scale: float32 [1], 1 / input global_scale.
+        inverse_scales: Q times float32 [1], 1 / input global_scale.
         pre_quant_scale: [K] in the dtype of x, or None.
 
     Returns:
-        float16 [M, K].
+        (float16 [Q, M, K], uint8 [Q, M, K/16]).
     """
-    values = torch.empty(x.shape, dtype=torch.float16, device=x.device)
-    _launch(x, inverse_scale, pre_quant_scale, values, values, values, True)
-    return values
+    m, k = x.shape
+    values = torch.empty((len(inverse_scales), m, k), dtype=torch.float16, device=x.device)
+    scale = torch.empty((len(inverse_scales), m, k // 16), dtype=torch.uint8, device=x.device)
+    for i, inverse in enumerate(inverse_scales):
+        _launch(x, inverse, pre_quant_scale, values[i], scale[i], True)
+    return values, scale
 
 
 def quantize_packed(x: Tensor, inverse_scale: Tensor, pre_quant_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and block scales; arguments as :func:`quantize_values`.
+    """Codes and block scales; arguments as :func:`quantize_values`, with one global scale.
 
     Returns:
         (packed uint8 [M, K/2], block_scale float8_e4m3fn [M, K/16]).
@@ -93,17 +101,15 @@ def quantize_packed(x: Tensor, inverse_scale: Tensor, pre_quant_scale: Tensor | 
     m, k = x.shape
     packed = torch.empty((m, k // 2), dtype=torch.uint8, device=x.device)
     scale = torch.empty((m, k // 16), dtype=torch.uint8, device=x.device)
-    _launch(x, inverse_scale, pre_quant_scale, packed, packed, scale, False)
+    _launch(x, inverse_scale, pre_quant_scale, packed, scale, False)
     return packed, scale.view(torch.float8_e4m3fn)
 
 
-def _launch(
-    x: Tensor, g: Tensor, pre: Tensor | None, values: Tensor, packed: Tensor, scale: Tensor, form: bool
-) -> None:
+def _launch(x: Tensor, g: Tensor, pre: Tensor | None, out: Tensor, scale: Tensor, values: bool) -> None:
     m, k = x.shape
     total = m * (k // 16)
     if total:
         _quantize[(triton.cdiv(total, _BLOCKS),)](
-            x, g if pre is None else pre, g, values, packed, scale, total, k // 16, x.stride(0), pre is not None, form,
-            BLOCKS=_BLOCKS, num_warps=4,
+            x, g if pre is None else pre, g, out, scale, total, k // 16, x.stride(0), pre is not None, values,
+            BLOCKS=_BLOCKS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
