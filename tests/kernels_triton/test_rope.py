@@ -131,15 +131,15 @@ def test_bad_arguments(device: torch.device) -> None:
     cache = torch.zeros(2, 4, 2, 8, device=device)
     with pytest.raises(InvalidArgumentError, match=r"must be \[T, H, 8\]"):
         rope.apply_rope(x[:, :, :6], positions, table)
-    with pytest.raises(InvalidArgumentError, match="positions must be torch.int64"):
+    with pytest.raises(InvalidArgumentError, match=r"positions must be torch\.int64"):
         rope.apply_rope(x, positions.int(), table)
-    with pytest.raises(InvalidArgumentError, match="k .* does not fit"):
+    with pytest.raises(InvalidArgumentError, match=r"k .* does not fit"):
         kv_cache.write_kv(x, x, cache, cache, positions)
     with pytest.raises(InvalidArgumentError, match="the caches must be"):
         kv_cache.write_kv(x, x, cache, cache[:, :, :1], positions)
     with pytest.raises(InvalidArgumentError, match="must be positive"):
         kv_cache.write_kv(x[:, :2], x[:, :2], *(cache.to(torch.float8_e4m3fn),) * 2, positions, 0.0, 1.0)
-    with pytest.raises(InvalidArgumentError, match="qkv .* does not fit"):
+    with pytest.raises(InvalidArgumentError, match=r"qkv .* does not fit"):
         rope.rope_and_write(x[:, :4], positions, table, cache, cache, positions)
     with pytest.raises(InvalidArgumentError, match="together"):
         rope.rope_and_write(x, positions, table, cache, cache, positions, q_norm=torch.zeros(8, device=device))

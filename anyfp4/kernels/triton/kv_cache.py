@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """The paged KV cache: how keys and values are stored in it and read from it, and the kernel that stores them.
 
-An FP8 cache is handed to kernels as bytes: they round to E4M3 by bits and widen by bits, so it works where Triton has no
-such type (sm_80) and gives the same bytes everywhere.
+An FP8 cache is handed to kernels as bytes: they round to E4M3 by bits and widen by bits, so it works where Triton has
+no such type (sm_80) and gives the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
         or not (k_cache.is_contiguous() and v_cache.is_contiguous())
     ):
         raise InvalidArgumentError(
-            "the caches must be contiguous [blocks, block_size, Hkv, D] in bfloat16, float16, float32 or float8_e4m3fn, "
-            f"got {k_cache.dtype} {list(k_cache.shape)} and {v_cache.dtype} {list(v_cache.shape)}"
+            "the caches must be contiguous [blocks, block_size, Hkv, D] in bfloat16, float16, float32 or "
+            f"float8_e4m3fn, got {k_cache.dtype} {list(k_cache.shape)} and {v_cache.dtype} {list(v_cache.shape)}"
         )
 
 

@@ -69,8 +69,8 @@ def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
 
 @triton.jit
 def _rope_and_write(
-    p_qkv, p_positions, p_cos_sin, p_q_norm, p_k_norm, p_q, p_k_cache, p_v_cache, p_slots, heads, kv_heads, limit, slots,
-    token_stride, HALF, k_inverse, v_inverse, eps,
+    p_qkv, p_positions, p_cos_sin, p_q_norm, p_k_norm, p_q, p_k_cache, p_v_cache, p_slots, heads, kv_heads, limit,
+    slots, token_stride, HALF, k_inverse, v_inverse, eps,
     NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
