@@ -20,6 +20,7 @@ from anyfp4.backends.triton_weights import TritonDense, TritonFP8, TritonNVFP4
 from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.ops.attention import AttentionBatch
 from anyfp4.ops.linear import ACTIVATION_DTYPES
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -90,6 +91,61 @@ class TritonBackend(Backend):
         else:
             y = self._dense(rows.contiguous(), data, out_dtype)
         return y.view(*x.shape[:-1], n)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See :func:`anyfp4.ops.norm.rms_norm`."""
+        y: Tensor = _kernel("norm").rms_norm(x, weight, eps)
+        return y
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See :func:`anyfp4.ops.norm.add_rms_norm`."""
+        y, total = _kernel("norm").add_rms_norm(x, residual, weight, eps)
+        return y, total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.activation.silu_mul`."""
+        y: Tensor = _kernel("activation").silu_mul(gate_up)
+        return y
+
+    def apply_rope(self, x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.rope.apply_rope`."""
+        y: Tensor = _kernel("rope").apply_rope(x, positions, cos_sin)
+        return y
+
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """See :func:`anyfp4.ops.attention.write_kv`."""
+        _kernel("kv_cache").write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> Tensor:
+        """See :func:`anyfp4.ops.attention.attention`."""
+        options = {"scale": scale, "sliding_window": sliding_window, "k_scale": k_scale, "v_scale": v_scale}
+        y: Tensor = _kernel("attention").attention(q, k_cache, v_cache, batch, **options)
+        return y
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.sampling.log_softmax`."""
+        y: Tensor = _kernel("softmax").log_softmax(logits)
+        return y
 
     def _nvfp4(self, x: Tensor, data: TritonNVFP4, numerics: str, out_dtype: torch.dtype) -> Tensor:
         pre = None if data.pre_quant_scale is None else data.pre_quant_scale.to(x.dtype)
