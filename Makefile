@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+DEV = $(VENV)/.installed-dev
 
 .PHONY: demo test lint types unit sanitize clean
 
@@ -11,24 +12,32 @@ demo: $(STAMP)  ## install, fetch the demo model, quantize it, generate text
 
 test: lint types unit  ## install, then lint, types and tests
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(DEV)
 	$(BIN)/mypy
 
-unit: $(STAMP)
+unit: $(DEV)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-sanitize: $(STAMP)  ## kernel tests under ASan and UBSan
+sanitize: $(DEV)  ## kernel tests under ASan and UBSan
 	PYTHON=$(BIN)/python sh tests/kernels/sanitize.sh
 
 # torch first and alone: with it installed, nothing else pulls another build of it
-$(STAMP): pyproject.toml constraints.txt
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(1)]'
+	touch $@
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,serve)
+
+$(DEV): pyproject.toml constraints.txt
+	$(call install,dev)
 	touch $(STAMP)
 
 clean:

@@ -54,3 +54,10 @@ def total_memory(device: torch.device) -> int:
         if text.isdigit():
             return min(physical, int(text))
     return physical
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

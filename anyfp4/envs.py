@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from anyfp4.errors import EnvironmentVariableError
 
 #: name -> what it does (the text of ``docs/environment.md``)
 VARIABLES: dict[str, str] = {
+    "ANYFP4_API_KEY": "key that clients of `anyfp4 serve` must send, as in `--api-key`. Default: none is needed",
     "ANYFP4_BACKEND": "linear backend to use, as in `--backend`; a backend that cannot run raises. Default: auto",
     "ANYFP4_CACHE": "folder for downloaded demo models. Default: $XDG_CACHE_HOME/anyfp4 or ~/.cache/anyfp4",
     "ANYFP4_CPU_ISA": "instruction set of the CPU kernels: auto, avx512, avxvnni, avx2 or portable; one that this "
@@ -39,6 +40,7 @@ class Environment:
     numerics: str
     cpu_isa: str = "auto"
     num_threads: int | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 def read(environ: Mapping[str, str] | None = None) -> Environment:
@@ -65,12 +67,16 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     isa = env.get("ANYFP4_CPU_ISA", "auto")
     if isa not in CPU_ISAS:
         raise EnvironmentVariableError(f"ANYFP4_CPU_ISA={isa!r}: must be one of {', '.join(CPU_ISAS)}")
+    key = env.get("ANYFP4_API_KEY")
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise EnvironmentVariableError("ANYFP4_API_KEY must be printable ASCII without spaces, and not empty")
     return Environment(
         backend=backend,
         cache=_cache_folder(env),
         numerics=numerics,
         cpu_isa=isa,
         num_threads=_thread_count(env.get("ANYFP4_NUM_THREADS")),
+        api_key=key,
     )
 
 

@@ -26,7 +26,7 @@ def test_defaults_and_values() -> None:
         ({"ANYFP4_BACKEND": ""}, "ANYFP4_BACKEND is empty"),
         ({"ANYFP4_CACHE": ""}, "ANYFP4_CACHE is empty"),
         ({"ANYFP4_BACKENDS": "x"}, "did you mean ANYFP4_BACKEND"),
-        ({"ANYFP4_ZZZ": "x"}, "known: ANYFP4_BACKEND"),
+        ({"ANYFP4_ZZZ": "x"}, "known: ANYFP4_API_KEY"),
     ],
 )
 def test_mistakes(environ: dict[str, str], match: str) -> None:

@@ -182,6 +182,10 @@ class Backend:
             v_scale=v_scale,
         )
 
+    def set_threads(self, count: int) -> None:
+        """How many threads of the CPU the ops use, from 1 on; no bit depends on it."""
+        torch.set_num_threads(count)
+
     def quiet(self) -> AbstractContextManager[None]:
         """Held during a step of the engine: keeps other thread pools from getting in the way of the backend's own."""
         return nullcontext()

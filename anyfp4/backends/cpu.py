@@ -7,7 +7,6 @@ first. A decoder's layers usually run as one call (``cpu_layers``).
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,6 +21,7 @@ from anyfp4.backends import cpu_layers
 from anyfp4.backends.base import Backend, DecoderPlan, FusedDecoder, PreparedLinear
 from anyfp4.backends.cpu_layers import check_batch
 from anyfp4.backends.cpu_weights import CACHE_CODE, CODE, FP8, inverse_scale, prepare
+from anyfp4.device import processors
 from anyfp4.errors import BackendError, InvalidArgumentError
 from anyfp4.formats.weights import LinearWeight
 from anyfp4.ops.attention import AttentionBatch
@@ -59,7 +59,7 @@ class CpuBackend(Backend):
                 f"ANYFP4_CPU_ISA={environment.cpu_isa}: this processor or build has only "
                 + ", ".join(native.available_isas())
             )
-        native.set_threads(environment.num_threads or _processors())
+        native.set_threads(environment.num_threads or processors())
         # torch's conversion of NaN to bfloat16 differs by platform, and its result is what the reference gives
         nan = torch.full((64,), torch.nan).to(torch.bfloat16)
         native.set_bf16_nan(int(nan.view(torch.int16)[0]) & 0xFFFF)
@@ -327,6 +327,10 @@ class CpuBackend(Backend):
             raise InvalidArgumentError(str(error)) from error
         return out
 
+    def set_threads(self, count: int) -> None:
+        """See :meth:`Backend.set_threads`."""
+        self.native.set_threads(count)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """See :meth:`Backend.quiet`. torch's threads spin for milliseconds after use, on the cores that ours need."""
@@ -348,13 +352,6 @@ class CpuBackend(Backend):
         n = logits.shape[-1]
         self.native.log_softmax(logits.data_ptr(), out.data_ptr(), logits.numel() // n, n)
         return out
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _token_stride(x: Tensor) -> tuple[Tensor, int]:

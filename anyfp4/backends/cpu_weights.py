@@ -30,6 +30,8 @@ def prepare(native: Any, weight: LinearWeight) -> CpuLinear:
     """Brings a weight into the extension. W4A4 weights are copied, others kept as they are."""
     if isinstance(weight, NVFP4Weight) and not weight.weight_only:
         return CpuLinear(_w4a4(native, weight), ())
+    if isinstance(weight, FP8Weight) and weight.block_wise:
+        return _fp8_block(native, weight)
     return _dense(native, weight)
 
 
@@ -63,7 +65,8 @@ def _dense(native: Any, weight: LinearWeight) -> CpuLinear:
     elif isinstance(weight, FP8Weight):
         w, code = weight.weight.contiguous(), FP8
         row_scale = weight.weight_scale.expand(weight.shape[0]).contiguous()
-        mode = _FP8_DYNAMIC if weight.input_scale is None else _FP8_STATIC
+        if not weight.weight_only:
+            mode = _FP8_DYNAMIC if weight.input_scale is None else _FP8_STATIC
         input_scale = 1.0 if weight.input_scale is None else float(weight.input_scale)
     else:
         w, code = weight.weight.contiguous(), CODE[weight.weight.dtype]
@@ -72,6 +75,14 @@ def _dense(native: Any, weight: LinearWeight) -> CpuLinear:
         w.data_ptr(), code, _address(block_scale), *weight.shape, *map(_address, vectors), mode, input_scale
     )
     return CpuLinear(handle, (w,) if block_scale is None else (w, block_scale))
+
+
+def _fp8_block(native: Any, weight: FP8Weight) -> CpuLinear:
+    codes, scale, bias = weight.weight.contiguous(), weight.weight_scale.contiguous(), _float(weight.bias)
+    handle = native.Fp8BlockLinear(
+        codes.data_ptr(), *weight.shape, scale.data_ptr(), _address(bias), weight.weight_only
+    )
+    return CpuLinear(handle, (codes,))
 
 
 def inverse_scale(scale: float) -> float:

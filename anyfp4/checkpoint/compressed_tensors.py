@@ -1,7 +1,8 @@
 """The compressed-tensors layout, as llm-compressor writes it: names, configuration, both directions.
 
-Only E4M3 block scales of 16 (``nvfp4-pack-quantized``) and plain FP8 (``float-quantized``) are read. A group names
-its modules by ``targets``: full names, ``re:`` patterns (matched from the start of the name), or ``Linear``.
+Only E4M3 block scales of 16 (``nvfp4-pack-quantized``) and FP8 are read: ``float-quantized``, or ``naive-quantized``
+where activations stay unquantized, which stores the same. A group names its modules by ``targets``: full names,
+``re:`` patterns (matched from the start of the name), or ``Linear``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from anyfp4.checkpoint.scheme import (
 )
 from anyfp4.errors import CheckpointConfigError
 from anyfp4.formats.nvfp4 import BLOCK_SIZE
-from anyfp4.formats.weights import LinearWeight
+from anyfp4.formats.weights import FP8_BLOCK_SIZE, LinearWeight
 
 NAMES = Suffixes(
     packed="weight_packed",
@@ -39,13 +40,17 @@ NAMES = Suffixes(
     pre_quant_scale=None,
     scalar_shape=(1,),
     column_row_scales=True,
+    spread_block_scales=False,
 )
 #: the release of compressed-tensors whose conventions are written
 VERSION = "0.19.0"
 _NVFP4 = "nvfp4-pack-quantized"
 _FP8 = "float-quantized"
+_FP8_WEIGHT_ONLY = "naive-quantized"
 _MIXED = "mixed-precision"
-_FORMATS = f"{_NVFP4}, {_FP8}, and {_MIXED} groups of these"
+_FORMATS = f"{_NVFP4}, {_FP8}, {_FP8_WEIGHT_ONLY}, and {_MIXED} groups of these"
+_BLOCK = [FP8_BLOCK_SIZE, FP8_BLOCK_SIZE]
+_BLOCK_TEXT = f"{FP8_BLOCK_SIZE}x{FP8_BLOCK_SIZE}"  # as the library once spelt it
 _FIELDS = (
     *("config_groups", "format", "ignore", "kv_cache_scheme", "quant_method", "quantization_status", "version"),
     *("global_compression_ratio", "run_compressed", "sparsity_config", "transform_config"),
@@ -141,7 +146,7 @@ def parse(table: dict[str, Any], file: Path) -> QuantizationConfig:
     if sparsity.get("format", "dense") != "dense":
         raise unsupported(file, "sparsity_config format", sparsity["format"], "dense")
     algorithm = table.get("format")
-    if algorithm not in (_NVFP4, _FP8, _MIXED):
+    if algorithm not in (_NVFP4, _FP8, _FP8_WEIGHT_ONLY, _MIXED):
         raise unsupported(file, "quantization_config format", algorithm, _FORMATS)
     groups = expect_dict(table.get("config_groups"), file, "config_groups")
     if not groups:
@@ -166,10 +171,10 @@ def _parse_group(name: str, group: object, default_format: str, file: Path) -> G
     stored = table.get("format") or default_format
     if stored == _NVFP4:
         scheme = _parse_nvfp4(table, where, file)
-    elif stored == _FP8:
+    elif stored in (_FP8, _FP8_WEIGHT_ONLY):
         scheme = _parse_fp8(table, where, file)
     else:
-        raise unsupported(file, f"{where}.format", stored, f"{_NVFP4}, {_FP8}")
+        raise unsupported(file, f"{where}.format", stored, f"{_NVFP4}, {_FP8}, {_FP8_WEIGHT_ONLY}")
     targets = expect_names(table.get("targets"), file, f"{where}.targets")
     for target in targets:
         if target != "Linear" and target.isidentifier() and target[0].isupper():
@@ -192,20 +197,26 @@ def _parse_nvfp4(group: dict[str, Any], where: str, file: Path) -> Scheme:
 
 def _parse_fp8(group: dict[str, Any], where: str, file: Path) -> Scheme:
     weights = _parse_args(group.get("weights"), f"{where}.weights", file)
-    _require(weights, f"{where}.weights", file, num_bits=8, dynamic=False, block_structure=None)
+    _require(weights, f"{where}.weights", file, num_bits=8, dynamic=False)
     strategy = weights.get("strategy")
-    if strategy not in ("tensor", "channel"):
-        raise unsupported(file, f"{where}.weights.strategy", strategy, "tensor, channel")
+    if strategy not in ("tensor", "channel", "block"):
+        raise unsupported(file, f"{where}.weights.strategy", strategy, "tensor, channel, block")
+    per_row, block_wise = strategy == "channel", strategy == "block"
+    structure = weights.get("block_structure")
+    if structure not in ((_BLOCK, _BLOCK_TEXT) if block_wise else (None,)):
+        raise unsupported(file, f"{where}.weights.block_structure", structure, str(_BLOCK if block_wise else None))
     if group.get("input_activations") is None:
-        raise unsupported(file, f"{where}.input_activations of FP8", None, "a static scale, or one per token")
+        return Scheme("fp8", weight_only=True, weight_per_row=per_row, block_wise=block_wise)
     inputs = _parse_args(group["input_activations"], f"{where}.input_activations", file)
     _require(inputs, f"{where}.input_activations", file, num_bits=8)
     how = (inputs.get("strategy"), inputs.get("dynamic", False))
-    if how not in (("tensor", False), ("token", True)):
-        raise unsupported(
-            file, f"{where}.input_activations (strategy, dynamic)", how, "('tensor', False), ('token', True)"
-        )
-    return Scheme("fp8", input_dynamic=how[1], weight_per_row=strategy == "channel")
+    known = (("group", True),) if block_wise else (("tensor", False), ("token", True))
+    if how not in known:
+        supported = ", ".join(map(str, known))
+        raise unsupported(file, f"{where}.input_activations (strategy, dynamic) of strategy {strategy}", how, supported)
+    if block_wise:
+        _require(inputs, f"{where}.input_activations", file, group_size=FP8_BLOCK_SIZE)
+    return Scheme("fp8", input_dynamic=how[1], weight_per_row=per_row, block_wise=block_wise)
 
 
 def _parse_args(value: object, where: str, file: Path) -> dict[str, Any]:
@@ -251,7 +262,9 @@ def _parse_names(names: Sequence[str], file: Path, what: str) -> ModuleNames:
 
 
 def _format_of(scheme: Scheme) -> str:
-    return _NVFP4 if scheme.kind == "nvfp4" else _FP8
+    if scheme.kind == "nvfp4":
+        return _NVFP4
+    return _FP8_WEIGHT_ONLY if scheme.weight_only else _FP8
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -260,8 +273,10 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         weights = _args(4, "tensor_group", dynamic=False)
         inputs = None if scheme.weight_only else _args(4, "tensor_group", dynamic="local")
     else:
-        weights = _args(8, "channel" if scheme.weight_per_row else "tensor", dynamic=False)
-        inputs = _args(8, "token" if scheme.input_dynamic else "tensor", dynamic=scheme.input_dynamic)
+        strategy = "block" if scheme.block_wise else "channel" if scheme.weight_per_row else "tensor"
+        weights = _args(8, strategy, dynamic=False)
+        of_inputs = "group" if scheme.block_wise else "token" if scheme.input_dynamic else "tensor"
+        inputs = None if scheme.weight_only else _args(8, of_inputs, dynamic=scheme.input_dynamic)
     return {
         "format": _format_of(scheme),
         "input_activations": inputs,
@@ -275,9 +290,9 @@ def _args(num_bits: int, strategy: str, *, dynamic: bool | str) -> dict[str, Any
     grouped = strategy == "tensor_group"
     return {
         "actorder": None,
-        "block_structure": None,
+        "block_structure": list(_BLOCK) if strategy == "block" else None,
         "dynamic": dynamic,
-        "group_size": BLOCK_SIZE if grouped else None,
+        "group_size": BLOCK_SIZE if grouped else FP8_BLOCK_SIZE if strategy == "group" else None,
         "num_bits": num_bits,
         "observer": None if dynamic is True else "memoryless_minmax" if dynamic is False else "static_minmax",
         "observer_kwargs": {},

@@ -24,12 +24,7 @@ def tensors(names: Suffixes, module: str, weight: LinearWeight) -> dict[str, Ten
     if isinstance(weight, DenseWeight):
         stored = {"weight": weight.weight}
     elif isinstance(weight, FP8Weight):
-        per_row = weight.weight_scale.numel() > 1
-        row_shape = (-1, 1) if names.column_row_scales else (-1,)
-        stored = {
-            "weight": weight.weight,
-            "weight_scale": weight.weight_scale.reshape(row_shape if per_row else names.scalar_shape),
-        }
+        stored = {"weight": weight.weight, "weight_scale": weight.weight_scale.reshape(_scale_shape(names, weight))}
         if weight.input_scale is not None:
             stored["input_scale"] = weight.input_scale.reshape(names.scalar_shape)
     else:
@@ -48,8 +43,13 @@ def scheme_of_weight(weight: LinearWeight) -> Scheme:
             pre_quant_scale_allowed=weight.pre_quant_scale is not None,
         )
     if isinstance(weight, FP8Weight):
-        per_row = weight.weight_scale.numel() > 1
-        return Scheme("fp8", input_dynamic=weight.input_scale is None, weight_per_row=per_row)
+        return Scheme(
+            "fp8",
+            weight_only=weight.weight_only,
+            input_dynamic=weight.input_scale is None and not weight.weight_only,
+            weight_per_row=not weight.block_wise and weight.weight_scale.numel() > 1,
+            block_wise=weight.block_wise,
+        )
     return Scheme("dense")
 
 
@@ -75,6 +75,15 @@ def divisor(multiplier: Tensor) -> Tensor:
     candidates = torch.stack([near, torch.nextafter(near, infinity), torch.nextafter(near, torch.zeros_like(near))])
     error = (reciprocal(candidates) - multiplier).abs()
     return candidates.gather(0, error.argmin(dim=0, keepdim=True)).squeeze(0)
+
+
+def _scale_shape(names: Suffixes, weight: FP8Weight) -> tuple[int, ...]:
+    if weight.block_wise:
+        rows, columns = weight.weight_scale.shape
+        return (rows, 1, columns, 1) if names.spread_block_scales else (rows, columns)
+    if weight.weight_scale.numel() > 1:
+        return (-1, 1) if names.column_row_scales else (-1,)
+    return names.scalar_shape
 
 
 def _nvfp4_tensors(names: Suffixes, module: str, weight: NVFP4Weight) -> dict[str, Tensor]:

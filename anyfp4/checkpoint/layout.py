@@ -16,7 +16,7 @@ from torch import Tensor
 from anyfp4.checkpoint.scheme import Scheme
 from anyfp4.errors import CheckpointConfigError, TensorError
 from anyfp4.formats.nvfp4 import BLOCK_SIZE, NVFP4Tensor
-from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight, fp8_grid
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 #: a tensor of that name belongs to a quantized linear module (of these or of other formats); KV scales are apart
@@ -64,6 +64,8 @@ class Suffixes:
         pre_quant_scale: its name, or None where the layout has none.
         scalar_shape: the shape of a single number as the producer writes it; reading takes [] and [1] alike.
         column_row_scales: whether FP8 scales of rows are written as [N, 1]; reading takes [N] and [N, 1] alike.
+        spread_block_scales: whether FP8 scales of blocks are written as [⌈N/128⌉, 1, ⌈K/128⌉, 1]; reading takes these
+            and [⌈N/128⌉, ⌈K/128⌉] alike.
     """
 
     packed: str
@@ -74,6 +76,7 @@ class Suffixes:
     pre_quant_scale: str | None
     scalar_shape: Shape
     column_row_scales: bool
+    spread_block_scales: bool
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,8 @@ def linear(
         infos: the same tensors' headers.
 
     Raises:
-        TensorError: a block scale is NaN or negative, a global scale is not positive and finite (or its reciprocal
-            is not), or a ``pre_quant_scale`` is not finite.
+        TensorError: a block scale is NaN or negative, a global or FP8 scale is not positive and finite (or its
+            reciprocal is not), or a ``pre_quant_scale`` is not finite.
     """
 
     def scalars(suffix: str, divisor: bool = False) -> Tensor:
@@ -149,8 +152,12 @@ def linear(
 
     bias = raw.get("bias")
     if scheme.kind == "fp8":
-        scale = None if scheme.input_dynamic else scalars("input_scale")
-        return FP8Weight(raw["weight"], scalars("weight_scale"), scale, bias)
+        if scheme.block_wise:
+            scale = fp8_block_scales(raw["weight_scale"], f"{module}.weight_scale", infos["weight_scale"].file)
+        else:
+            scale = scalars("weight_scale")
+        input_scale = None if scheme.input_dynamic or scheme.weight_only else scalars("input_scale")
+        return FP8Weight(raw["weight"], scale, input_scale, bias, scheme.weight_only)
     block_scale = raw[names.block_scale]
     check_block_scale(block_scale, f"{module}.{names.block_scale}", infos[names.block_scale].file)
     weight = NVFP4Tensor(raw[names.packed], block_scale, scalars(names.weight_global, names.divisors))
@@ -177,10 +184,15 @@ def _matrix_shape(scheme: Scheme, tensor: str, info: TensorInfo) -> tuple[int, i
 def _expected(names: Suffixes, scheme: Scheme, n: int, k: int) -> dict[str, _Expected]:
     expected = {"bias": _Expected(FLOATS, ((n,),), required=False)}
     if scheme.kind == "fp8":
-        rows: tuple[Shape, ...] = ((n,), (n, 1)) if scheme.weight_per_row else _SCALAR
+        rows, columns = fp8_grid(n, k)
+        shapes: tuple[Shape, ...] = _SCALAR
+        if scheme.block_wise:
+            shapes = ((rows, columns), (rows, 1, columns, 1))
+        elif scheme.weight_per_row:
+            shapes = ((n,), (n, 1))
         expected["weight"] = _Expected((torch.float8_e4m3fn,), ((n, k),))
-        expected["weight_scale"] = _Expected(FLOATS, rows)
-        if not scheme.input_dynamic:
+        expected["weight_scale"] = _Expected(FLOATS, shapes)
+        if not (scheme.input_dynamic or scheme.weight_only):
             expected["input_scale"] = _Expected(FLOATS, _SCALAR)
         return expected
     expected[names.packed] = _Expected((torch.uint8,), ((n, k // 2),))
@@ -221,6 +233,35 @@ def check_block_scale(block_scale: Tensor, tensor: str, file: Path) -> None:
             file=file,
             tensor=tensor,
         )
+
+
+def fp8_block_scales(stored: Tensor, tensor: str, file: Path) -> Tensor:
+    """The scales of a block-wise FP8 weight.
+
+    Nothing is ever divided by them, so they may be as small as the subnormal ones that ModelOpt gives empty blocks.
+
+    Args:
+        stored: any floating dtype, [rows, columns] or [rows, 1, columns, 1].
+        tensor: its name, for messages.
+        file: its file, for messages.
+
+    Returns:
+        float32 [rows, columns].
+
+    Raises:
+        TensorError: one is not positive and finite.
+    """
+    scales = stored.reshape(stored.shape[0], -1).to(torch.float32)
+    bad = ~((scales > 0) & torch.isfinite(scales))
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        value = scales[row, column].item()
+        raise TensorError(
+            f"the scale of block [{row}, {column}] is {value}, and {int(bad.sum())} in all are not positive and finite",
+            file=file,
+            tensor=tensor,
+        )
+    return scales
 
 
 def check_finite(x: Tensor, tensor: str, file: Path) -> None:

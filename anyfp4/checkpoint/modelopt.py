@@ -41,6 +41,7 @@ NAMES = Suffixes(
     pre_quant_scale="pre_quant_scale",
     scalar_shape=(),
     column_row_scales=False,
+    spread_block_scales=True,
 )
 _SCHEMES = {
     "NVFP4": Scheme("nvfp4"),
@@ -48,6 +49,8 @@ _SCHEMES = {
     "W4A16_NVFP4": Scheme("nvfp4", weight_only=True),
     "FP8": Scheme("fp8"),
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme("fp8", input_dynamic=True, weight_per_row=True),
+    # block-wise, weight-only; ModelOpt itself writes this name in lower case
+    "FP8_PB_WO": Scheme("fp8", weight_only=True, block_wise=True),
 }
 _ALGORITHMS = {scheme: name for name, scheme in _SCHEMES.items()}
 _MIXED = "MIXED_PRECISION"
@@ -274,6 +277,8 @@ def _algorithm(scheme: Scheme) -> dict[str, Any]:
 
 
 def _config_group(scheme: Scheme) -> dict[str, Any]:
+    if scheme.block_wise:
+        return {"quant_algo": _ALGORITHMS[scheme]}
     args: dict[str, Any] = {"dynamic": False, "num_bits": 4 if scheme.kind == "nvfp4" else 8, "type": "float"}
     if scheme.kind == "nvfp4":
         args["group_size"] = BLOCK_SIZE

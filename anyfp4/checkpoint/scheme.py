@@ -21,9 +21,11 @@ class Scheme:
 
     Attributes:
         kind: NVFP4, FP8 (E4M3) or dense.
-        weight_only: NVFP4 whose activations stay unquantized.
-        input_dynamic: FP8 whose activation scale is computed for each token; otherwise it is static, one a tensor.
-        weight_per_row: FP8 with one weight scale for each output row; otherwise one a tensor.
+        weight_only: NVFP4 or FP8 whose activations stay unquantized.
+        input_dynamic: FP8 whose activation scale is computed for each token (block-wise: for each token and 128
+            columns); otherwise, unless weight-only, it is static, one a tensor.
+        weight_per_row: FP8 with one weight scale for each output row.
+        block_wise: FP8 with one weight scale for each block of 128 × 128. Neither of the two: one a tensor.
         pre_quant_scale_allowed: the module may carry a ``pre_quant_scale`` (AWQ).
     """
 
@@ -31,16 +33,18 @@ class Scheme:
     weight_only: bool = False
     input_dynamic: bool = False
     weight_per_row: bool = False
+    block_wise: bool = False
     pre_quant_scale_allowed: bool = False
 
     @property
     def label(self) -> str:
         """A short name for tables, such as ``NVFP4 W4A4``."""
+        if self.kind == "dense":
+            return "dense"
         if self.kind == "nvfp4":
             return "NVFP4 weight-only" if self.weight_only else "NVFP4 W4A4"
-        if self.kind == "fp8":
-            return "FP8 dynamic" if self.input_dynamic else "FP8 static"
-        return "dense"
+        inputs = "weight-only" if self.weight_only else "dynamic" if self.input_dynamic else "static"
+        return f"FP8 {'block-wise ' if self.block_wise else ''}{inputs}"
 
 
 DENSE = Scheme("dense")

@@ -39,6 +39,11 @@ class Tokenizer:
         return copy.deepcopy(self)
 
     @property
+    def inner(self) -> Any:
+        """The tokenizer of transformers, for what this class does not offer."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether this is a chat model's tokenizer."""
         return bool(getattr(self._tokenizer, "chat_template", None))

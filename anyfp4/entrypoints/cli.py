@@ -1,4 +1,4 @@
-"""The command line: ``anyfp4 generate | quantize | inspect | backends | demo``."""
+"""The command line: ``anyfp4 generate | serve | verify | eval | quantize | inspect | backends | demo``."""
 
 from __future__ import annotations
 
@@ -244,6 +244,189 @@ def demo(
         layout=layout.value,
         numerics=None if numerics is None else numerics.value,
         max_tokens=max_tokens,
+    )
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    trials: Annotated[int, typer.Option(help="Random schedules of requests to run and compare.")] = 16,
+    batch_sizes: Annotated[
+        str, typer.Option(help="Numbers of requests in a schedule, one drawn for each trial.")
+    ] = "1,2,4,8,16,32",
+    max_prompt: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a prompt.  [default: 192, or what the model has room for]"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens of a request.")] = 24,
+    threads: Annotated[
+        str | None,
+        typer.Option(help="Numbers of CPU threads to alternate between.  [default: 1 and all]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts, parameters and schedules.")] = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="First check every op of every layer; names the first that differs.")
+    ] = False,
+    replay: Annotated[
+        Path | None, typer.Option(help="Run one schedule, as a failure prints it; `-` reads it from stdin.")
+    ] = None,
+    shrink_seconds: Annotated[
+        float, typer.Option(help="After a difference, look this long for the smallest schedule that shows it.")
+    ] = 60.0,
+    report: Annotated[Path | None, typer.Option(help="Write a page with figures and plots (.html).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
+    numerics: NumericsOption = None,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str, typer.Option(help="Of activations: auto, bfloat16, float16 or float32.")] = "auto",
+    revision: RevisionOption = None,
+) -> None:
+    """Prove batch invariance here: random batches against each request alone, bit by bit. Exits with 1 if they differ.
+
+    Ctrl-C shows what was compared so far and exits with 130.
+    """
+    from anyfp4.entrypoints import verify as command  # noqa: PLC0415  (torch takes seconds to import)
+
+    code = command.run(
+        command.Options(
+            model=model,
+            revision=revision,
+            numerics=None if numerics is None else numerics.value,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            trials=trials,
+            batch_sizes=batch_sizes,
+            max_prompt=max_prompt,
+            max_tokens=max_tokens,
+            threads=threads,
+            seed=seed,
+            layers=layers,
+            replay=replay,
+            shrink_seconds=shrink_seconds,
+            report=report,
+            as_json=as_json,
+        )
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 lets the system choose.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model.  [default: the folder's name, or the id]")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="That clients must send; other users of this machine can see it here.  "
+            "[default: $ANYFP4_API_KEY or none]"
+        ),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Completions that may wait; one more gets a 429.")] = 256,
+    max_body_mb: Annotated[float, typer.Option(help="Largest body of a request, in MB.")] = 8.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
+    log_requests: Annotated[bool, typer.Option(help="A line for each request.")] = True,
+    numerics: NumericsOption = None,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str, typer.Option(help="Of activations: auto, bfloat16, float16 or float32.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Completions that run at the same time.")] = 64,
+    max_step_tokens: Annotated[
+        int, typer.Option(help="Tokens of one step; longer prompts are cut, so that others do not wait for them.")
+    ] = 512,
+    block_size: Annotated[int, typer.Option(help="Tokens of one block of the KV cache.")] = 16,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory of the KV cache in GiB.  [default: from what the machine has]")
+    ] = None,
+    prefix_caching: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True,
+    revision: RevisionOption = None,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API, metrics, and a chat page. SIGTERM finishes what runs and exits with 0."""
+    from anyfp4.entrypoints import serve as command  # noqa: PLC0415
+
+    command.run(
+        command.Options(
+            model=model,
+            revision=revision,
+            numerics=None if numerics is None else numerics.value,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_step_tokens=max_step_tokens,
+            block_size=block_size,
+            kv_cache_gib=kv_cache_gib,
+            prefix_caching=prefix_caching,
+            host=host,
+            port=port,
+            served_model_name=served_model_name,
+            api_key=api_key,
+            max_queue=max_queue,
+            max_body_mb=max_body_mb,
+            drain_timeout=drain_timeout,
+            log_requests=log_requests,
+        )
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="Text to predict, UTF-8.")],
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window.  [default: 1024, or the model's limit if that is less]")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read only the first tokens of the text.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model to compare with: folder or Hugging Face id, same tokenizer.")
+    ] = None,
+    against_numerics: Annotated[
+        Numerics | None, typer.Option(help="Compare with other numerics of --against, or of the model itself.")
+    ] = None,
+    against_dtype: Annotated[
+        str | None, typer.Option(help="Compare with another dtype of activations, likewise.")
+    ] = None,
+    against_backend: Annotated[str | None, typer.Option(help="Compare with another backend, likewise.")] = None,
+    layer_tokens: Annotated[int, typer.Option(help="Tokens that the error of each layer is measured on.")] = 256,
+    plot: Annotated[Path | None, typer.Option(help="Write the plots (.svg).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a page with figures and plots (.html).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of tables.")] = False,
+    numerics: NumericsOption = None,
+    backend: BackendOption = None,
+    device: DeviceOption = None,
+    dtype: Annotated[str, typer.Option(help="Of activations: auto, bfloat16, float16 or float32.")] = "auto",
+    revision: RevisionOption = None,
+) -> None:
+    """Perplexity of a text; with --against, how far two models or two numerics lie apart on it."""
+    from anyfp4.entrypoints import evaluate as command  # noqa: PLC0415  (torch takes seconds to import)
+
+    command.run(
+        command.Options(
+            model=model,
+            text=text,
+            revision=revision,
+            numerics=None if numerics is None else numerics.value,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            context=context,
+            max_tokens=max_tokens,
+            against=against,
+            against_numerics=None if against_numerics is None else against_numerics.value,
+            against_dtype=against_dtype,
+            against_backend=against_backend,
+            layer_tokens=layer_tokens,
+            plot=plot,
+            report=report,
+            as_json=as_json,
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """What a linear layer's weight can be, as a checkpoint stores it and as ops and backends receive it.
 
-Three kinds: NVFP4 (with activations quantized, or weight-only), FP8 with per-tensor or per-row scales, and dense.
+Three kinds: NVFP4, FP8 with scales per tensor, row or block of 128 × 128 (both with activations quantized, or
+weight-only), and dense.
 Every scale is a multiplier (readers convert divisors once, at the door).
 """
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.nvfp4 import NVFP4Tensor
+
+#: rows and columns of a block of block-wise FP8, and activations that share a scale there
+FP8_BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +70,19 @@ class FP8Weight:
 
     Attributes:
         weight: float8_e4m3fn [N, K].
-        weight_scale: float32 [1] (whole tensor) or [N] (per row), a multiplier.
-        input_scale: float32 [1] static multiplier of the activation; None means dynamic, one scale per token
-            (amax / 448).
+        weight_scale: float32 [1] (whole tensor), [N] (per row) or [⌈N/128⌉, ⌈K/128⌉] (block-wise: one for each block
+            of 128 × 128, those at the lower and right edge smaller), a multiplier.
+        input_scale: float32 [1] static multiplier of the activation; None means dynamic, one scale per token, or
+            block-wise one per token and 128 columns (amax / 448). Block-wise layers have no static one.
         bias: [N] or None.
+        weight_only: activations stay unquantized.
     """
 
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None = None
     bias: Tensor | None = None
+    weight_only: bool = False
 
     def __post_init__(self) -> None:
         if self.weight.dtype != torch.float8_e4m3fn or self.weight.dim() != 2:
@@ -83,15 +90,19 @@ class FP8Weight:
                 f"FP8 weight must be float8_e4m3fn [N, K], got {self.weight.dtype} {list(self.weight.shape)}"
             )
         n = self.weight.shape[0]
-        if self.weight_scale.dtype != torch.float32 or self.weight_scale.shape not in ((1,), (n,)):
+        grid = fp8_grid(*self.shape)
+        if self.weight_scale.dtype != torch.float32 or self.weight_scale.shape not in ((1,), (n,), grid):
             raise InvalidArgumentError(
-                f"weight_scale must be float32 [1] or [{n}], got {self.weight_scale.dtype} "
+                f"weight_scale must be float32 [1] or [{n}] or {list(grid)}, got {self.weight_scale.dtype} "
                 f"{list(self.weight_scale.shape)}"
             )
         if self.input_scale is not None and (self.input_scale.dtype != torch.float32 or self.input_scale.shape != (1,)):
             raise InvalidArgumentError(
                 f"input_scale must be float32 [1], got {self.input_scale.dtype} {list(self.input_scale.shape)}"
             )
+        if self.input_scale is not None and (self.block_wise or self.weight_only):
+            kind = "weight-only" if self.weight_only else "block-wise"
+            raise InvalidArgumentError(f"input_scale must be None: a {kind} FP8 layer has no static activation scale")
         _check_vectors(self.shape, self.bias, None)
 
     @property
@@ -100,9 +111,19 @@ class FP8Weight:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
+    def block_wise(self) -> bool:
+        """Whether each block of 128 × 128 has a scale of its own."""
+        return self.weight_scale.dim() == 2
+
+    @property
     def nbytes(self) -> int:
         """Bytes of weights and scales."""
         return self.weight.numel() + 4 * self.weight_scale.numel()
+
+
+def fp8_grid(n: int, k: int) -> tuple[int, int]:
+    """(rows, columns) of the scales of a block-wise FP8 weight [N, K]."""
+    return -(-n // FP8_BLOCK_SIZE), -(-k // FP8_BLOCK_SIZE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,14 +10,14 @@ from torch import Tensor
 from anyfp4.backends import registry
 from anyfp4.backends.base import Backend, PreparedLinear
 from anyfp4.formats.nvfp4 import NVFP4Tensor
-from anyfp4.formats.weights import DenseWeight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import FP8_BLOCK_SIZE, DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
 
 
 class Linear:
     """y = x · [W₁; W₂; …]ᵀ: projections side by side, each with its own scales.
 
-    Neighbours of the same kind become the shards of one matrix with one alpha per shard; a mixture of kinds (an FP8
-    projection beside NVFP4 ones) stays a sequence of products.
+    Neighbours of the same kind become the shards of one matrix with one alpha per shard, block-wise FP8 ones where
+    their blocks line up; a mixture of kinds (an FP8 projection beside NVFP4 ones) stays a sequence of products.
     """
 
     def __init__(self, weights: Sequence[LinearWeight], *, numerics: str = "native", backend: str = "auto") -> None:
@@ -64,6 +64,10 @@ def _fusible(a: LinearWeight, b: LinearWeight) -> bool:
         if a.weight_only != b.weight_only or (a.pre_quant_scale is None) != (b.pre_quant_scale is None):
             return False
         return a.pre_quant_scale is None or torch.equal(a.pre_quant_scale, _not_none(b.pre_quant_scale))
+    if isinstance(a, FP8Weight) and isinstance(b, FP8Weight):
+        # rows of scales lie side by side only where a weight ends with a whole block
+        alike = a.block_wise and b.block_wise and a.weight_only == b.weight_only
+        return alike and a.shape[0] % FP8_BLOCK_SIZE == 0
     if isinstance(a, DenseWeight) and isinstance(b, DenseWeight):
         return a.weight.dtype == b.weight.dtype
     return False
@@ -77,6 +81,11 @@ def _join(group: list[LinearWeight]) -> LinearWeight:
     dense = [w for w in group if isinstance(w, DenseWeight)]
     if dense:
         return DenseWeight(torch.cat([w.weight for w in dense]), bias)
+    fp8 = [w for w in group if isinstance(w, FP8Weight)]
+    if fp8:
+        codes = torch.cat([w.weight.view(torch.uint8) for w in fp8]).view(torch.float8_e4m3fn)
+        grid = torch.cat([w.weight_scale for w in fp8])
+        return FP8Weight(codes, grid, None, bias, fp8[0].weight_only)
     nvfp4 = [w for w in group if isinstance(w, NVFP4Weight)]
     scales = [w.input_global_scale for w in nvfp4 if w.input_global_scale is not None]
     tensor = NVFP4Tensor(

@@ -198,11 +198,12 @@ def _place(weight: LinearWeight, device: torch.device, dtype: torch.dtype) -> Li
     if isinstance(weight, DenseWeight):
         return DenseWeight(weight.weight.to(device=device, dtype=dtype), bias)
     if isinstance(weight, FP8Weight):
-        return FP8Weight(
-            weight.weight.to(device),
-            weight.weight_scale.to(device),
-            None if weight.input_scale is None else weight.input_scale.to(device),
-            bias,
+        return replace(
+            weight,
+            weight=weight.weight.to(device),
+            weight_scale=weight.weight_scale.to(device),
+            input_scale=None if weight.input_scale is None else weight.input_scale.to(device),
+            bias=bias,
         )
     if isinstance(weight, NVFP4Weight):
         t = weight.weight

@@ -3,7 +3,8 @@
     y = round_to_output_type((Σ a·w) × alpha + bias)
 
 with the sum in float32 (how, is the numerics), alpha a float32 per shard, applied once per output row, then the bias
-in float32, then one rounding to the output type.
+in float32, then one rounding to the output type. Block-wise FP8 applies its scales to the product of each block, before
+these are added.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError, UnsupportedError
 from anyfp4.formats import NVFP4Tensor, e4m3
 from anyfp4.formats.nvfp4 import dequantize_blocks, quantize_blocks
-from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import FP8_BLOCK_SIZE, FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.numerics import blackwell, hopper
 from anyfp4.ops import exact
 
@@ -142,12 +143,45 @@ def _weight_only_product(x: Tensor, tensor: NVFP4Tensor) -> Tensor:
 
 
 def _fp8_linear(x: Tensor, weight: FP8Weight) -> Tensor:
-    """x_q = E4M3(x × (1 / s)), y = exact dot product × (s × weight_scale), s static or amax/448 of each row."""
+    """y = exact dot product of the codes × (s × weight_scale), s static or that of each row."""
+    if weight.block_wise:
+        return _fp8_block_linear(x, weight)
+    if weight.weight_only:
+        return exact.matmul(x, weight.weight) * weight.weight_scale
     x32 = x.to(torch.float32)
-    if weight.input_scale is not None:
-        scale = weight.input_scale.reshape(1, 1)
-    else:
-        amax = x32.abs().amax(dim=-1, keepdim=True)
-        scale = torch.where(amax == 0, torch.ones_like(amax), amax / e4m3.MAX)
-    quantized = e4m3.encode(x32 * (1.0 / scale))
-    return exact.matmul(quantized, weight.weight) * (scale * weight.weight_scale)
+    scale = _fp8_scale(x32) if weight.input_scale is None else weight.input_scale.reshape(1, 1)
+    return exact.matmul(_fp8_codes(x32, scale), weight.weight) * (scale * weight.weight_scale)
+
+
+def _fp8_block_linear(x: Tensor, weight: FP8Weight) -> Tensor:
+    """The products of the blocks along K, added in order, every operation rounded once to float32.
+
+    A block's product is the exact dot product × (s × weight_scale), s that of the row's 128 columns; weight-only:
+    the exact dot product with x itself × weight_scale. A NaN comes out as the canonical one.
+    """
+    n, k = weight.shape
+    y = torch.zeros((x.shape[0], n), dtype=torch.float32, device=x.device)
+    for block in range(weight.weight_scale.shape[1]):
+        columns = slice(block * FP8_BLOCK_SIZE, min((block + 1) * FP8_BLOCK_SIZE, k))
+        factor = weight.weight_scale[:, block].repeat_interleave(FP8_BLOCK_SIZE)[:n]
+        part = x[:, columns]
+        if not weight.weight_only:
+            part = part.to(torch.float32)
+            scale = _fp8_scale(part)
+            part, factor = _fp8_codes(part, scale), scale * factor
+        y = y + exact.matmul(part, weight.weight[:, columns]) * factor
+    return torch.where(y.isnan(), torch.full_like(y, torch.nan), y)
+
+
+def _fp8_scale(x: Tensor) -> Tensor:
+    """The dynamic scale of each row: float32 [M, K] to [M, 1].
+
+    amax / 448; 1 where amax < 2⁻¹¹⁷, since the reciprocal could not be finite, and such a row becomes zeros.
+    """
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    return torch.where(amax < 2.0**-117, torch.ones_like(amax), amax / e4m3.MAX)
+
+
+def _fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """E4M3(x × (1 / scale))."""
+    return e4m3.encode(x * (1.0 / scale))

@@ -86,12 +86,15 @@ class ScaleSurvey:
     def _take(self, module: str, suffix: str, reader: TensorReader) -> None:
         assert self._quantization is not None
         names = checks.names_of(self._quantization)
-        nvfp4 = self._schemes[module].kind == "nvfp4"
+        scheme = self._schemes[module]
+        nvfp4 = scheme.kind == "nvfp4"
         name, file = f"{module}.{suffix}", self._modules[module][suffix].file
         stored = reader.read(name)
         if nvfp4 and suffix == names.block_scale:
             layout.check_block_scale(stored, name, file)
             self._blocks.append(_count(module, stored))
+        elif scheme.block_wise:
+            layout.fp8_block_scales(stored, name, file)
         elif suffix == names.pre_quant_scale:
             layout.check_finite(stored, name, file)
         else:

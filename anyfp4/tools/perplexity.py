@@ -1,14 +1,12 @@
-"""Perplexity of a text under a model, in windows without overlap."""
+"""Perplexity of a text under a model, in windows without overlap: what ``anyfp4 eval`` prints, for a loaded ``LLM``."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from anyfp4.engine.config import SamplingParams
-from anyfp4.errors import InvalidArgumentError
 from anyfp4.llm import LLM
+from anyfp4.tools.evaluate import evaluate
 
 
 @dataclass(frozen=True)
@@ -44,19 +42,5 @@ def perplexity(
     Raises:
         InvalidArgumentError: fewer than two tokens, or a window longer than the model's limit.
     """
-    if len(tokens) < 2 or window < 2:
-        raise InvalidArgumentError(f"perplexity needs two tokens, got {len(tokens)} in windows of {window}")
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    total, count = 0.0, 0
-    for start in range(0, len(tokens), window):
-        piece = list(tokens[start : start + window])
-        if len(piece) < 2:
-            break
-        output = llm.generate(piece, params)[0]
-        for token, entry in zip(piece, output.prompt_logprobs or (), strict=True):
-            if entry is not None:
-                total -= entry[token].logprob
-                count += 1
-        if progress is not None:
-            progress(start + len(piece), len(tokens))
-    return Perplexity(math.exp(total / count), count, len(tokens))
+    score = evaluate(llm.engine.model, tokens, context=window, progress=progress)
+    return Perplexity(score.perplexity, len(score.losses), len(tokens))

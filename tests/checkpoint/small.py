@@ -160,6 +160,18 @@ def ct_fp8_group(strategy: str = "tensor", dynamic: bool = False, targets: list[
     }
 
 
+def ct_fp8_block_group(weight_only: bool = False, targets: list[str] | None = None) -> dict[str, Any]:
+    """As compressed-tensors' preset FP8_BLOCK; the library stores weight-only layers as ``naive-quantized``."""
+    inputs = {**_FP8_ARGS, "strategy": "group", "group_size": 128, "dynamic": True}
+    return {
+        "format": "naive-quantized" if weight_only else "float-quantized",
+        "targets": targets or ["Linear"],
+        "weights": {**_FP8_ARGS, "strategy": "block", "block_structure": [128, 128]},
+        "input_activations": None if weight_only else inputs,
+        "output_activations": None,
+    }
+
+
 def ct_config(*groups: dict[str, Any]) -> dict[str, Any]:
     groups = groups or (ct_group(),)
     formats = {group["format"] for group in groups}

@@ -15,7 +15,15 @@ from anyfp4.checkpoint import compressed_tensors, modelopt
 from anyfp4.checkpoint.config import Scheme, read_config, read_quantization
 from anyfp4.checkpoint.scheme import DENSE, QuantizationConfig
 from anyfp4.errors import CheckpointConfigError, InvalidArgumentError, UnsupportedError
-from tests.checkpoint.small import KV_SCHEME, MODEL_CONFIG, ct_config, ct_fp8_group, ct_group, modelopt_configs
+from tests.checkpoint.small import (
+    KV_SCHEME,
+    MODEL_CONFIG,
+    ct_config,
+    ct_fp8_block_group,
+    ct_fp8_group,
+    ct_group,
+    modelopt_configs,
+)
 from tests.checkpoints import FULL, REFUSED_VARIANT, VARIANTS, real_checkpoint
 
 W4A4 = Scheme("nvfp4")
@@ -23,6 +31,8 @@ WEIGHT_ONLY = Scheme("nvfp4", weight_only=True)
 AWQ = Scheme("nvfp4", pre_quant_scale_allowed=True)
 FP8 = Scheme("fp8")
 FP8_ROWS = Scheme("fp8", input_dynamic=True, weight_per_row=True)
+FP8_BLOCKS = Scheme("fp8", input_dynamic=True, block_wise=True)
+FP8_BLOCKS_WEIGHT_ONLY = Scheme("fp8", weight_only=True, block_wise=True)
 MODULES = [
     "lm_head",
     "model.embed_tokens",
@@ -56,6 +66,14 @@ def test_no_quantization(tmp_path: Path) -> None:
         (ct_fp8_group("channel", dynamic=True), FP8_ROWS),
         (ct_fp8_group("channel"), Scheme("fp8", weight_per_row=True)),
         (ct_fp8_group("tensor", dynamic=True), Scheme("fp8", input_dynamic=True)),
+        (ct_fp8_block_group(), FP8_BLOCKS),
+        (ct_fp8_block_group(weight_only=True), FP8_BLOCKS_WEIGHT_ONLY),
+        (ct_fp8_block_group() | {"input_activations": None}, FP8_BLOCKS_WEIGHT_ONLY),
+        (ct_fp8_group() | {"input_activations": None}, Scheme("fp8", weight_only=True)),
+        (
+            ct_fp8_group("channel") | {"input_activations": None, "format": "naive-quantized"},
+            Scheme("fp8", weight_only=True, weight_per_row=True),
+        ),
     ],
 )
 def test_compressed_tensors_schemes(group: dict[str, Any], scheme: Scheme, tmp_path: Path) -> None:
@@ -66,6 +84,22 @@ def test_compressed_tensors_schemes(group: dict[str, Any], scheme: Scheme, tmp_p
     assert quantization.kv_cache == "none"
     assert quantization.scheme_of("model.layers.3.mlp.up_proj") == scheme
     assert quantization.scheme_of("lm_head") == DENSE
+
+
+def test_the_preset_of_the_library_is_read(tmp_path: Path) -> None:
+    """``FP8_BLOCK`` as compressed-tensors itself writes it, and its older spelling of the block."""
+    library = pytest.importorskip("compressed_tensors.quantization")
+    scheme = library.preset_name_to_scheme("FP8_BLOCK", ["Linear"])
+    table = ct_config(json.loads(scheme.model_dump_json()) | {"format": "float-quantized"})
+    assert read(tmp_path, table).scheme_of("a") == FP8_BLOCKS
+    table["config_groups"]["group_0"]["weights"]["block_structure"] = "128x128"
+    assert library.QuantizationArgs(**table["config_groups"]["group_0"]["weights"]).block_structure == [128, 128]
+    assert read(tmp_path, table).scheme_of("a") == FP8_BLOCKS
+
+
+def test_labels() -> None:
+    assert FP8_BLOCKS.label == "FP8 block-wise dynamic" and FP8_BLOCKS_WEIGHT_ONLY.label == "FP8 block-wise weight-only"
+    assert FP8.label == "FP8 static" and Scheme("fp8", weight_only=True).label == "FP8 weight-only"
 
 
 def test_compressed_tensors_format_of_a_group_wins(tmp_path: Path) -> None:
@@ -139,6 +173,8 @@ def test_precedence_is_that_of_compressed_tensors(tmp_path: Path) -> None:
         ("NVFP4_AWQ", AWQ),
         ("FP8", FP8),
         ("FP8_PER_CHANNEL_PER_TOKEN", FP8_ROWS),
+        ("FP8_PB_WO", FP8_BLOCKS_WEIGHT_ONLY),
+        ("fp8_pb_wo", FP8_BLOCKS_WEIGHT_ONLY),
     ],
 )
 def test_modelopt_schemes(where: str, algorithm: str, scheme: Scheme, tmp_path: Path) -> None:
@@ -179,6 +215,7 @@ def test_modelopt_mixed_precision(tmp_path: Path) -> None:
         "model.layers.0.mlp.gate_proj": {"quant_algo": "NVFP4", "group_size": 16},
         "model.layers.0.mlp.down_proj": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
         "model.layers.0.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.1.mlp.gate_proj": {"quant_algo": "fp8_pb_wo"},
         "model.layers.0.self_attn.o_proj": {
             "quant_algo": "NVFP4_AWQ",
             "group_size": 16,
@@ -198,6 +235,7 @@ def test_modelopt_mixed_precision(tmp_path: Path) -> None:
         "model.layers.0.mlp.down_proj": WEIGHT_ONLY,
         "model.layers.0.mlp.experts.3.up_proj": W4A4,
         "model.layers.0.self_attn.o_proj": AWQ,
+        "model.layers.1.mlp.gate_proj": FP8_BLOCKS_WEIGHT_ONLY,
     }
 
 
@@ -237,6 +275,8 @@ SCHEME_SETS = {
     "weight-only": {"a.up_proj": WEIGHT_ONLY, "lm_head": DENSE},
     "mixed": {"a.up_proj": W4A4, "a.q_proj": FP8, "a.k_proj": FP8_ROWS, "a.o_proj": WEIGHT_ONLY, "lm_head": DENSE},
     "FP8": {"a.up_proj": FP8, "lm_head": DENSE},
+    "FP8 in blocks": {"a.up_proj": FP8_BLOCKS_WEIGHT_ONLY, "lm_head": DENSE},
+    "FP8 in blocks beside NVFP4": {"a.up_proj": W4A4, "a.q_proj": FP8_BLOCKS_WEIGHT_ONLY, "lm_head": DENSE},
     "nothing dense": {"a.up_proj": W4A4},
 }
 
@@ -269,6 +309,24 @@ def test_compressed_tensors_accepts_what_is_written(schemes: dict[str, Scheme], 
     assert (parsed.kv_cache_scheme is not None) == (kv_cache == "fp8")
     for group in parsed.config_groups.values():
         assert infer_module_format(torch.nn.Linear, group).value == group.format
+
+
+def test_dynamic_blocks_are_compressed_tensors_own(tmp_path: Path) -> None:
+    """ModelOpt has no name for them."""
+    schemes = {"a.up_proj": W4A4, "a.q_proj": FP8_BLOCKS, "lm_head": DENSE}
+    table = compressed_tensors.quantization_config(schemes)
+    quantization = read(tmp_path, json.loads(json.dumps(table)))
+    assert {module: quantization.scheme_of(module) for module in schemes} == schemes
+    library = pytest.importorskip("compressed_tensors.quantization")
+    for key in ("sparsity_config", "transform_config", "version"):
+        del table[key]
+    written = next(g for g in library.QuantizationConfig.model_validate(table).config_groups.values() if "q" in str(g))
+    preset = library.preset_name_to_scheme("FP8_BLOCK", ["a.q_proj"])
+    for ours, theirs in ((written.weights, preset.weights), (written.input_activations, preset.input_activations)):
+        for field in ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"):
+            assert getattr(ours, field) == getattr(theirs, field), field
+    with pytest.raises(UnsupportedError, match="modelopt layout has no name for"):
+        modelopt.quantization_config(schemes)
 
 
 def test_awq_in_one_layer_names_the_model(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from anyfp4.checkpoint.reader import Checkpoint
 from anyfp4.checkpoint.scheme import DENSE
 from anyfp4.errors import InvalidArgumentError, UnsupportedError
 from anyfp4.formats.nvfp4 import NVFP4Tensor
-from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight, fp8_grid
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.checkpoint.small import MODEL_CONFIG, block_scales
 from tests.checkpoints import FULL, VARIANTS, real_checkpoint
@@ -44,15 +44,23 @@ def nvfp4(weight_only: bool = False, bias: bool = False, awq: bool = False, scal
     )
 
 
-def fp8(rows: bool, dynamic: bool, bias: bool = False) -> FP8Weight:
+def fp8(rows: bool, inputs: str = "static", bias: bool = False) -> FP8Weight:
     g = generator()
     weight = torch.randn(N, K, generator=g).to(torch.float8_e4m3fn)
     return FP8Weight(
         weight,
         torch.rand(N if rows else 1, generator=g) + 0.1,
-        None if dynamic else torch.rand(1, generator=g) + 0.1,
+        torch.rand(1, generator=g) + 0.1 if inputs == "static" else None,
         torch.randn(N, generator=g) if bias else None,
+        inputs == "weight-only",
     )
+
+
+def fp8_blocks(n: int, k: int, weight_only: bool, bias: bool = False) -> FP8Weight:
+    g = generator()
+    weight = torch.randn(n, k, generator=g).to(torch.float8_e4m3fn)
+    grid = torch.rand(*fp8_grid(n, k), generator=g) + 0.1
+    return FP8Weight(weight, grid, None, torch.randn(n, generator=g) if bias else None, weight_only)
 
 
 WEIGHTS: dict[str, LinearWeight] = {
@@ -60,10 +68,16 @@ WEIGHTS: dict[str, LinearWeight] = {
     "W4A4 with bias": nvfp4(bias=True),
     "weight-only": nvfp4(weight_only=True),
     "AWQ": nvfp4(awq=True),
-    "FP8": fp8(rows=False, dynamic=False),
-    "FP8 rows, dynamic": fp8(rows=True, dynamic=True, bias=True),
+    "FP8": fp8(rows=False),
+    "FP8 rows, dynamic": fp8(rows=True, inputs="dynamic", bias=True),
+    "FP8 weight-only": fp8(rows=False, inputs="weight-only"),
+    "FP8 blocks": fp8_blocks(300, 200, weight_only=False),
+    "FP8 blocks, weight-only": fp8_blocks(300, 200, weight_only=True, bias=True),
+    "FP8, one block": fp8_blocks(N, K, weight_only=True),
     "dense": DenseWeight(torch.randn(N, K, generator=generator()).to(torch.bfloat16), torch.zeros(N)),
 }
+#: ModelOpt has no name for them
+NOT_MODELOPT = ("FP8 weight-only", "FP8 blocks")
 
 
 def fields(weight: LinearWeight) -> dict[str, Tensor]:
@@ -103,8 +117,22 @@ def test_round_trip(layout: str, name: str, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=rf"{MODULE} has a pre_quant_scale, for which compressed-tensors"):
             compressed_tensors.tensors(MODULE, weight)
         return
+    if layout == "modelopt" and name in NOT_MODELOPT:
+        with pytest.raises(UnsupportedError, match="the modelopt layout has no name for Scheme"):
+            write(tmp_path, layout, weight)
+        return
     with Checkpoint(write(tmp_path, layout, weight)) as checkpoint:
-        assert_same_weight(checkpoint.linear(MODULE, (N, K)), weight)
+        read = checkpoint.linear(MODULE, weight.shape)
+        assert_same_weight(read, weight)
+        assert emit.scheme_of_weight(read) == emit.scheme_of_weight(weight)
+
+
+def test_block_scales_are_written_as_the_producers_do() -> None:
+    weight = WEIGHTS["FP8 blocks, weight-only"]
+    for module, shape in ((compressed_tensors, [3, 2]), (modelopt, [3, 1, 2, 1])):
+        written = module.tensors(MODULE, weight)
+        assert written.keys() == {f"{MODULE}.{suffix}" for suffix in ("weight", "weight_scale", "bias")}
+        assert list(written[f"{MODULE}.weight_scale"].shape) == shape
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

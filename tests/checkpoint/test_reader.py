@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anyfp4.checkpoint import layout as layouts
 from anyfp4.checkpoint import tensor_reader
 from anyfp4.checkpoint.reader import Checkpoint
 from anyfp4.errors import CheckpointConfigError, CheckpointFileError, TensorError
@@ -28,6 +29,7 @@ from tests.checkpoint.small import (
     Q,
     Small,
     ct_config,
+    ct_fp8_block_group,
     ct_fp8_group,
     ct_group,
     dense_tensors,
@@ -139,6 +141,73 @@ def test_fp8_beside_nvfp4(dtype: torch.dtype, strategy: str, dynamic: bool, tmp_
     else:
         assert weight.input_scale is not None
         assert_same_bits(weight.input_scale, input_scale.float())
+
+
+def fp8_blocks(n: int, k: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return fp8_tensors(n, k, 3, torch.rand(shape, generator=torch.Generator().manual_seed(4)).add(0.1).to(dtype), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight_only", [False, True])
+@pytest.mark.parametrize("shape", [(300, 200), (256, 384), (1, 129)])
+def test_block_wise_fp8_beside_nvfp4(
+    shape: tuple[int, int], weight_only: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """What the library decompresses is code × scale of what is read here, last blocks included."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    library = pytest.importorskip("compressed_tensors.quantization")
+    made = small()
+    group = ct_fp8_block_group(weight_only, ["re:.*up_proj"])
+    made.quantization_config = ct_config(ct_group(), group)
+    n, k = shape
+    raw = fp8_blocks(n, k, (-(-n // 128), -(-k // 128)), dtype)
+    put(made, UP, raw)
+    with Checkpoint(made.write(tmp_path)) as checkpoint:
+        weight = checkpoint.linear(UP, shape)
+        assert isinstance(checkpoint.linear(Q), NVFP4Weight)
+        assert UP in checkpoint.linear_modules()
+    assert isinstance(weight, FP8Weight)
+    assert weight.block_wise and weight.weight_only == weight_only and weight.input_scale is None
+    assert_same_bits(weight.weight, raw["weight"])
+    assert_same_bits(weight.weight_scale, raw["weight_scale"].float())
+    compressor = compressors.BaseCompressor.get_value_from_registry(group["format"])
+    scheme = library.QuantizationScheme(
+        targets=["Linear"], weights=group["weights"], input_activations=group["input_activations"]
+    )
+    decompressed = compressor.decompress(dict(raw), scheme)["weight"]
+    rows, columns = torch.arange(n) // 128, torch.arange(k) // 128
+    # the library multiplies in the scales' dtype, with one rounding; if that has 16 bits, float32 adds none
+    ours = (weight.weight.float() * weight.weight_scale[rows][:, columns]).to(dtype)
+    assert_same_bits(ours, decompressed)
+
+
+@BOTH
+@pytest.mark.parametrize("spread", [False, True])
+def test_block_scales_with_or_without_ones(layout: str, spread: bool, tmp_path: Path) -> None:
+    """ModelOpt writes [rows, 1, columns, 1], compressed-tensors [rows, columns]."""
+    made = small(layout)
+    raw = fp8_blocks(300, 200, (3, 1, 2, 1) if spread else (3, 2))
+    raw["weight_scale"].view(-1)[0] = 2.6e-41  # ModelOpt has given such scales to blocks of zeros
+    put(made, UP, raw)
+    if layout == "modelopt":
+        layers = {m: {"quant_algo": "fp8_pb_wo"} if m == UP else {"quant_algo": "NVFP4"} for m in LINEARS}
+        made.quantization_config, _ = modelopt_configs("MIXED_PRECISION", [])
+        made.quantization_config["quantized_layers"] = layers
+        made.hf_quant_config = None
+    else:
+        made.quantization_config = ct_config(ct_group(), ct_fp8_block_group(True, ["re:.*up_proj"]))
+    with Checkpoint(made.write(tmp_path)) as checkpoint:
+        weight = checkpoint.linear(UP)
+    assert isinstance(weight, FP8Weight) and weight.weight_only
+    assert_same_bits(weight.weight, raw["weight"])
+    assert_same_bits(weight.weight_scale, raw["weight_scale"].reshape(3, 2))
+
+
+def test_bad_block_scales_are_named() -> None:
+    stored = torch.ones(3, 1, 2, 1, dtype=torch.bfloat16)
+    stored[1, 0, 1], stored[2] = -0.5, torch.nan
+    with pytest.raises(TensorError, match=r"a\.b: x\.weight_scale: the scale of block \[1, 1\] is -0.5, and 3 in all"):
+        layouts.fp8_block_scales(stored, "x.weight_scale", Path("a.b"))
 
 
 def test_mixed_precision_modelopt(tmp_path: Path) -> None:

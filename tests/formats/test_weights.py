@@ -7,7 +7,7 @@ import torch
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats import nvfp4
-from anyfp4.formats.weights import DenseWeight, FP8Weight, NVFP4Weight
+from anyfp4.formats.weights import DenseWeight, FP8Weight, NVFP4Weight, fp8_grid
 
 N, K = 6, 32
 F8 = torch.float8_e4m3fn
@@ -41,6 +41,21 @@ def test_fp8_weight() -> None:
     per_row = FP8Weight(weight, torch.ones(N), bias=torch.zeros(N))
     assert per_row.shape == (N, K) and per_row.nbytes == N * K + 4 * N and per_row.input_scale is None
     assert FP8Weight(weight, torch.ones(1), torch.ones(1)).nbytes == N * K + 4
+
+
+def test_block_wise_fp8_weight() -> None:
+    weight = torch.ones(130, 257).to(F8)
+    w = FP8Weight(weight, torch.ones(2, 3), weight_only=True)
+    assert w.block_wise and w.weight_only and w.nbytes == 130 * 257 + 4 * 6
+    assert fp8_grid(128, 128) == (1, 1) and fp8_grid(129, 1) == (2, 1)
+    assert not FP8Weight(weight, torch.ones(130)).block_wise
+    for bad in (torch.ones(3, 2), torch.ones(2, 1, 3, 1), torch.ones(6), torch.ones(2, 3).double()):
+        with pytest.raises(InvalidArgumentError, match=r"^weight_scale must be float32 \[1\] or \[130\] or \[2, 3\]"):
+            FP8Weight(weight, bad)
+    with pytest.raises(InvalidArgumentError, match=r"^input_scale must be None: a block-wise FP8 layer has no static"):
+        FP8Weight(weight, torch.ones(2, 3), torch.ones(1))
+    with pytest.raises(InvalidArgumentError, match=r"^input_scale must be None: a weight-only FP8 layer"):
+        FP8Weight(weight, torch.ones(1), torch.ones(1), weight_only=True)
 
 
 def test_fp8_weight_refuses() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anyfp4.formats.nvfp4 import NVFP4Tensor
-from anyfp4.formats.weights import FP8Weight, NVFP4Weight
+from anyfp4.formats.weights import FP8Weight, NVFP4Weight, fp8_grid
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: how block scales are spread: about one octave; all bit patterns; either end of the range
@@ -69,11 +69,32 @@ def activation(m: int, k: int, spread: str, dtype: torch.dtype, seed: int) -> Te
     return x.to(dtype)
 
 
-def fp8_weight(n: int, k: int, seed: int, *, static: bool, per_row: bool, bias: bool) -> FP8Weight:
+def fp8_weight(n: int, k: int, seed: int, *, inputs: str, per_row: bool, bias: bool) -> FP8Weight:
+    """``inputs``: static, dynamic or weight-only."""
     g = generator(seed)
     return FP8Weight(
         torch.randn(n, k, generator=g).to(torch.float8_e4m3fn),
         torch.rand(n if per_row else 1, generator=g) * 0.01,
-        torch.tensor([0.02]) if static else None,
+        torch.tensor([0.02]) if inputs == "static" else None,
         torch.randn(n, generator=g) if bias else None,
+        inputs == "weight-only",
     )
+
+
+def fp8_block_weight(n: int, k: int, spread: str, seed: int, *, weight_only: bool, bias: bool = False) -> FP8Weight:
+    """Codes: about normal; all but NaN; the smallest and the largest. Scales as far apart as float32 lets them."""
+    g = generator(seed)
+    grid = torch.rand(*fp8_grid(n, k), generator=g) + 0.5
+    if spread == "tame":
+        codes = (torch.randn(n, k, generator=g) * 90).to(torch.float8_e4m3fn).view(torch.uint8)
+        grid *= 0.01
+    else:
+        codes = torch.randint(0, 0x7F, (n, k), generator=g, dtype=torch.uint8)
+        if spread == "extreme":
+            ends = torch.tensor([0, 1, 2, 7, 8, 0x7D, 0x7E], dtype=torch.uint8)
+            codes = ends[torch.randint(0, len(ends), (n, k), generator=g)]
+        codes |= torch.randint(0, 2, (n, k), generator=g, dtype=torch.uint8) << 7
+        octaves = 30 if spread == "wide" else 120
+        grid *= torch.exp2(torch.randint(-octaves, octaves // 2, grid.shape, generator=g).float())
+    bias_vector = torch.randn(n, generator=g) if bias else None
+    return FP8Weight(codes.view(torch.float8_e4m3fn), grid, None, bias_vector, weight_only)

@@ -17,7 +17,8 @@ cp "$build"/_native.*.so "$overlay/anyfp4/kernels/cpu/"
 
 compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$build/CMakeCache.txt")
 cd "$overlay"
+# A report goes straight to stderr, which pytest must not hold back (--capture=sys).
 # Python and torch are not instrumented: the runtime comes first, their own leaks are not looked for
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-PYTHONPATH="$overlay" "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/backends/test_cpu.py "$@"
+PYTHONPATH="$overlay" "$python" -m pytest -q --capture=sys -p no:cacheprovider tests/kernels tests/backends/test_cpu.py "$@"

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyfp4.backends.cpu import CpuBackend
-from anyfp4.formats.weights import DenseWeight
+from anyfp4.formats.weights import DenseWeight, FP8Weight
 from anyfp4.ops import linear
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.kernels import cases
@@ -70,16 +70,34 @@ def test_weight_only(backend: CpuBackend, n, blocks, m, dtype, spread, shards, p
     k=st.integers(1, 200),
     m=st.integers(1, 6),
     dtype=st.sampled_from(cases.DTYPES),
-    static=st.booleans(),
+    inputs=st.sampled_from(("static", "dynamic", "weight-only")),
     per_row=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_fp8(backend: CpuBackend, n, k, m, dtype, static, per_row, seed):
-    weight = cases.fp8_weight(n, k, seed, static=static, per_row=per_row, bias=True)
+def test_fp8(backend: CpuBackend, n, k, m, dtype, inputs, per_row, seed):
+    weight = cases.fp8_weight(n, k, seed, inputs=inputs, per_row=per_row, bias=True)
     x = torch.randn(m, k, generator=cases.generator(seed + 1)).to(dtype)
     x[0] *= 1000
     x[m - 1, k // 2 :] = 0
     check(backend, x, weight)
+
+
+def test_fp8_weights_that_are_nan(backend: CpuBackend):
+    codes = torch.randn(9, 200, generator=cases.generator(0)).to(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[2, 3], codes.view(torch.uint8)[7, 199] = 0x7F, 0xFF
+    x = torch.randn(4, 200, generator=cases.generator(1)).bfloat16()
+    for inputs in (torch.tensor([0.02]), None):
+        weight = FP8Weight(codes, torch.tensor([0.5]), inputs)
+        for m in (1, 4):
+            check(backend, x[:m], weight)
+
+
+def test_fp8_rows_of_next_to_nothing(backend: CpuBackend):
+    """A dynamic scale whose reciprocal would be infinite: the row is zeros, not NaN."""
+    x = torch.tensor([[1e-38, 0.0, -3e-39], [1e-35, 0.0, 1e-44], [0.0, 0.0, 0.0]])
+    weight = FP8Weight(torch.ones(2, 3).to(torch.float8_e4m3fn), torch.ones(1))
+    check(backend, x, weight)
+    assert linear.linear(x, weight).isfinite().all()
 
 
 @pytest.mark.parametrize("w_dtype", cases.DTYPES)

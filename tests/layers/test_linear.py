@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from anyfp4.formats import e4m3, quantize
-from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight, fp8_grid
 from anyfp4.layers.linear import Linear, fuse
 from anyfp4.layers.rotary import cos_sin_table
 from anyfp4.ops.linear import linear
 from anyfp4.testing.bitwise import assert_same_bits
 
-K = 64
+K = 192
 
 
 def weight(kind: str, n: int, seed: int) -> LinearWeight:
@@ -22,6 +22,11 @@ def weight(kind: str, n: int, seed: int) -> LinearWeight:
         return DenseWeight(w.bfloat16())
     if kind == "fp8":
         return FP8Weight(e4m3.encode(w * 40), torch.tensor([0.025]), torch.tensor([0.01]))
+    if kind.startswith("fp8 block"):
+        codes = e4m3.encode(w.repeat(8 if "whole" in kind else 1, 1) * 40)  # a whole number of blocks
+        grid = torch.rand(*fp8_grid(*codes.shape), generator=g)
+        bias = torch.randn(codes.shape[0], generator=g) if "bias" in kind else None
+        return FP8Weight(codes, grid, None, bias, "weight-only" in kind)
     scale = torch.tensor([0.002 * (1 + seed)]) if kind.startswith("w4a4") else None
     pre = (torch.rand(K, generator=g) + 0.5).bfloat16() if "awq" in kind else None
     bias = torch.randn(n, generator=g).bfloat16() if "bias" in kind else None
@@ -41,6 +46,16 @@ def weight(kind: str, n: int, seed: int) -> LinearWeight:
         (["w4a4 awq", "w4a4"], 2),
         (["dense", "dense", "w4a4"], 2),
         (["fp8", "fp8"], 2),
+        (["fp8 block whole", "fp8 block whole", "fp8 block whole"], 1),
+        (["fp8 block whole", "fp8 block"], 1),  # the last one may end within a block
+        (["fp8 block", "fp8 block whole"], 2),
+        (["fp8 block whole", "fp8 block", "fp8 block whole"], 2),
+        (["fp8 block whole weight-only", "fp8 block whole"], 2),
+        (["fp8 block whole weight-only", "fp8 block weight-only"], 1),
+        (["fp8 block whole bias", "fp8 block bias"], 1),
+        (["fp8 block whole bias", "fp8 block whole"], 2),
+        (["fp8 block whole", "fp8", "fp8 block whole"], 3),
+        (["w4a4", "fp8 block whole", "fp8 block"], 2),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "reference"])

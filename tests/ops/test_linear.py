@@ -24,6 +24,8 @@ def make(kind: str, n: int = 24, k: int = 64, seed: int = 0) -> LinearWeight:
         return DenseWeight(w.bfloat16(), bias)
     if kind == "fp8":
         return FP8Weight(e4m3.encode(w * 50), torch.tensor([0.02]), torch.tensor([0.01]), bias)
+    if kind == "fp8_weight_only":
+        return FP8Weight(e4m3.encode(w * 50), torch.rand(n, generator=g) * 0.02 + 0.01, None, bias, True)
     if kind == "fp8_dynamic":
         return FP8Weight(e4m3.encode(w * 50), torch.rand(n, generator=g) * 0.02 + 0.01, None, None)
     q = quantize(w)
@@ -38,7 +40,7 @@ def make(kind: str, n: int = 24, k: int = 64, seed: int = 0) -> LinearWeight:
     return NVFP4Weight(fused, torch.tensor([0.002, 0.002]), None, None)
 
 
-KINDS = ("dense", "fp8", "fp8_dynamic", "weight_only", "awq", "two_input_scales", "w4a4")
+KINDS = ("dense", "fp8", "fp8_dynamic", "fp8_weight_only", "weight_only", "awq", "two_input_scales", "w4a4")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,6 +121,14 @@ def test_fp8_against_exact_arithmetic() -> None:
     quantized = e4m3.encode(x * (1.0 / weight.input_scale))
     expected = oracle(quantized, weight.weight) * (weight.input_scale * weight.weight_scale) + weight.bias
     assert_same_bits(linear(x, weight), expected)
+
+
+def test_fp8_weight_only_is_the_exact_product() -> None:
+    weight = make("fp8_weight_only")
+    assert isinstance(weight, FP8Weight) and weight.bias is not None
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(12)).bfloat16()
+    expected = oracle(x, weight.weight) * weight.weight_scale + weight.bias
+    assert_same_bits(linear(x, weight, out_dtype=torch.float32), expected)
 
 
 def test_nan_shows_in_its_row_only() -> None:

@@ -25,6 +25,7 @@ from tests.checkpoint.small import (
     Q,
     Small,
     ct_config,
+    ct_fp8_block_group,
     ct_fp8_group,
     ct_group,
     dense_tensors,
@@ -138,6 +139,22 @@ def test_mixed_kinds(tmp_path: Path) -> None:
     assert kinds["dense float32"] == (1, HIDDEN * HIDDEN)
     assert kinds["NVFP4 W4A4"][0] == 5
     assert report.refusals == ()
+
+
+def test_block_wise_fp8(tmp_path: Path) -> None:
+    """Its scales are read and checked like those of a loader."""
+    made = small()
+    made.quantization_config = ct_config(ct_group(), ct_fp8_block_group(targets=["re:.*up_proj"]))
+    put(made, UP, fp8_tensors(INTER, HIDDEN, 0, torch.full((1, 1), 2.6e-41), None))
+    report = inspect(made.write(tmp_path / "good"))
+    check_consistent(report, made)
+    kinds = {kind.name: (kind.layers, kind.weights) for kind in report.kinds}
+    assert kinds["FP8 block-wise dynamic"] == (1, INTER * HIDDEN)
+    assert report.refusals == ()
+    made.tensors[f"{UP}.weight_scale"][0, 0] = -1
+    report = inspect(made.write(tmp_path / "bad"))
+    assert [r.error for r in report.refusals] == ["TensorError"]
+    assert f"{UP}.weight_scale: the scale of block [0, 0] is -1.0" in report.refusals[0].message
 
 
 def test_awq(tmp_path: Path) -> None:

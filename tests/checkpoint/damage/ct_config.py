@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from anyfp4.errors import CheckpointConfigError, CheckpointFileError, UnsupportedError
 from tests.checkpoint.damage.case import CT, DENSE, GROUP, MO, MODEL, Case, both, config, nothing, overwrite
-from tests.checkpoint.small import UP, ct_fp8_group, put, small, with_kv_scales
+from tests.checkpoint.small import UP, ct_fp8_block_group, ct_fp8_group, put, small, with_kv_scales
+
+
+def fp8_blocks(part: str, **changes: object) -> Case:
+    """Block-wise FP8 with other arguments."""
+    group = ct_fp8_block_group()
+    group[part] = group[part] | changes
+    (field, value), *_ = changes.items()
+    pair = part == "input_activations" and field in ("strategy", "dynamic")
+    what = r"\(strategy, dynamic\) of strategy block" if pair else field
+    where = rf"group_0.{part}[. ]{what}"
+    name = f"block FP8, {part} {field} {value}"
+    return Case(name, config("config_groups", "group_0", value=group), UnsupportedError, where)
+
 
 CASES = (
     # configuration files
@@ -121,16 +134,46 @@ CASES = (
         r"quantization_config format 'pack-quantized'",
     ),
     Case(
-        "block FP8",
-        config("config_groups", "group_0", value=ct_fp8_group("block")),
+        "FP8 in groups",
+        config("config_groups", "group_0", value=ct_fp8_group("group")),
         UnsupportedError,
-        r"weights.strategy 'block'",
+        r"weights.strategy 'group' is not supported; supported: tensor, channel, block",
     ),
     Case(
-        "FP8 weight-only",
-        config("config_groups", "group_0", value=ct_fp8_group() | {"input_activations": None}),
+        "block FP8 without a block",
+        config("config_groups", "group_0", value=ct_fp8_group("block")),
         UnsupportedError,
-        r"input_activations of FP8 None",
+        r"weights.block_structure None is not supported; supported: \[128, 128\]",
+    ),
+    Case(
+        "a block without block FP8",
+        config(
+            "config_groups",
+            "group_0",
+            value=ct_fp8_block_group() | {"weights": {**ct_fp8_group()["weights"], "block_structure": [128, 128]}},
+        ),
+        UnsupportedError,
+        r"weights.block_structure \[128, 128\] is not supported; supported: None",
+    ),
+    fp8_blocks("weights", block_structure=[64, 128]),
+    fp8_blocks("weights", block_structure="128x64"),
+    fp8_blocks("weights", num_bits=4),
+    fp8_blocks("weights", symmetric=False),
+    fp8_blocks("weights", type="int"),
+    fp8_blocks("weights", dynamic=True),
+    fp8_blocks("input_activations", group_size=64),
+    fp8_blocks("input_activations", strategy="token"),
+    fp8_blocks("input_activations", dynamic=False),
+    fp8_blocks("input_activations", num_bits=4),
+    Case(
+        "naive integers",
+        config(
+            "config_groups",
+            "group_0",
+            value={**ct_fp8_block_group(weight_only=True), "weights": {**ct_fp8_group()["weights"], "type": "int"}},
+        ),
+        UnsupportedError,
+        r"weights.type 'int' is not supported",
     ),
     Case(
         "class target",

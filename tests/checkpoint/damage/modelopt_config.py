@@ -16,6 +16,7 @@ CASES = (
         MO,
     ),
     Case("W4A8", modelopt("quant_algo", "W4A8_NVFP4_FP8"), UnsupportedError, r"quant_algo 'W4A8_NVFP4_FP8'", MO),
+    Case("FP8_PB_REAL", modelopt("quant_algo", "fp8_pb_real"), UnsupportedError, r"quant_algo 'fp8_pb_real'", MO),
     Case("SVDQuant", modelopt("quant_algo", "NVFP4_SVD"), UnsupportedError, r"quant_algo 'NVFP4_SVD'", MO),
     Case("no quant_algo", modelopt("quant_algo", None), CheckpointConfigError, r"quant_algo is missing", MO),
     Case(

@@ -28,12 +28,38 @@ from tests.checkpoint.small import (
     LAYER,
     UP,
     Q,
+    Small,
+    ct_config,
+    ct_fp8_block_group,
     ct_fp8_group,
     ct_group,
     fp8_tensors,
     put,
     with_kv_scales,
 )
+
+
+def fp8_blocks(name: str, match: str, **tensors: torch.Tensor) -> Case:
+    """One layer in block-wise FP8, with these tensors in place of the right ones, or beside them."""
+    right = fp8_tensors(300, 200, 0, torch.ones(3, 2), None)
+
+    def edit(s: Small) -> None:
+        s.quantization_config = ct_config(ct_group(), ct_fp8_block_group(targets=["re:.*up_proj"]))
+        put(s, UP, {suffix: t for suffix, t in (right | tensors).items() if t.numel()})
+
+    return Case(f"FP8 blocks: {name}", edit, TensorError, rf"{MODEL}: {UP}\.{match}")
+
+
+def fp8_block_scale(value: float) -> Case:
+    """One layer in block-wise FP8, a single block, with this scale."""
+
+    def edit(s: Small) -> None:
+        s.quantization_config = ct_config(ct_group(), ct_fp8_block_group(targets=["re:.*up_proj"]))
+        put(s, UP, fp8_tensors(INTER, HIDDEN, 0, torch.full((1, 1), value), None))
+
+    match = rf"{MODEL}: {UP}.weight_scale: the scale of block \[0, 0\] is {value}, and 1 in all are not positive"
+    return Case(f"FP8 block scale {value}", edit, TensorError, match, on_open=False)
+
 
 CASES = (
     # tensors that are missing, extra, or wrong
@@ -220,6 +246,24 @@ CASES = (
         TensorError,
         rf"_proj.weight_scale: must be .* \[{HIDDEN}\] or \[{HIDDEN}, 1\], got float32 \[{HIDDEN - 1}, 1\]",
     ),
+    fp8_blocks(
+        "too few scales",
+        r"weight_scale: must be .* \[3, 2\] or \[3, 1, 2, 1\], got float32 \[2, 2\]",
+        weight_scale=torch.ones(2, 2),
+    ),
+    fp8_blocks("transposed", r"weight_scale: must be .* got float32 \[2, 3\]", weight_scale=torch.ones(2, 3)),
+    fp8_blocks("flat", r"weight_scale: must be .* got float32 \[6\]", weight_scale=torch.ones(6)),
+    fp8_blocks(
+        "a scale for each row", r"weight_scale: must be .* got float32 \[300, 1\]", weight_scale=torch.ones(300, 1)
+    ),
+    fp8_blocks("E8M0 scales", r"weight_scale: must be .* got uint8 \[3, 2\]", weight_scale=torch.ones(3, 2).byte()),
+    fp8_blocks("no scales", r"weight_scale: is missing \(FP8 block-wise dynamic\)", weight_scale=torch.empty(0)),
+    fp8_blocks(
+        "E5M2", r"weight: must be float8_e4m3fn .* got float8_e5m2", weight=torch.ones(300, 200).to(torch.float8_e5m2)
+    ),
+    fp8_blocks("static", r"input_scale: does not belong to .* FP8 block-wise dynamic", input_scale=ONE),
+    fp8_blocks("inverse scales", r"weight_scale_inv: does not belong to", weight_scale_inv=torch.ones(3, 2)),
+    *(fp8_block_scale(value) for value in (0.0, -1.0, torch.nan, torch.inf)),
     # unquantized
     Case(
         "quantized without a configuration",

@@ -16,6 +16,7 @@ static inline void moved(const uint16_t* p, vd* out) {
 }
 
 typedef int16_t vs __attribute__((vector_size(8 * VD)));
+typedef uint16_t vsu __attribute__((vector_size(8 * VD)));
 typedef int16_t vs_unaligned __attribute__((vector_size(8 * VD), aligned(2), may_alias));
 
 // Magnitudes of bfloat16 numbers, in 16-bit lanes.
@@ -34,7 +35,7 @@ struct Bf16Magnitudes {
         }
     }
     void add(vs m) {
-        const vs less = m + 0x7FFF;  // m - 1, ordered as if unsigned: zero comes last
+        const vs less = (vs)((vsu)m + 0x7FFF);  // m - 1, ordered as if unsigned: zero comes last
         top = m > top ? m : top;
         bottom = less < bottom ? less : bottom;
         bits |= m;
@@ -114,7 +115,7 @@ static void attention_one(const AttentionArgs& a, const AttentionItem& item, con
     const uint16_t* v_cache = static_cast<const uint16_t*>(a.v_cache);
     for (int64_t r = 0; r < v.rows; ++r) {
         load_row(a.q, item.begin * a.q_stride + (item.h0 + r) * dim, dim, a.dtype, s.row);
-        dense_prepare_x(s.row, dim, true, s.q64 + r * dim, &s.q_bound[r]);
+        dense_prepare_x(s.row, dim, BF16, s.q64 + r * dim, &s.q_bound[r]);
     }
     for (int64_t tile = v.from; tile < v.to; tile += KEY_TILE) {
         const int64_t keys = v.to - tile < KEY_TILE ? v.to - tile : KEY_TILE;

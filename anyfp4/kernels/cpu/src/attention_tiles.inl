@@ -80,7 +80,7 @@ static void attention_tiles(const AttentionArgs& a, const AttentionItem& item, c
     for (int64_t r = 0; r < v.rows; ++r) {
         const int64_t q = (item.begin + r / v.group_heads) * a.q_stride + (item.h0 + r % v.group_heads) * dim;
         load_row(a.q, q, dim, a.dtype, s.row);
-        dense_prepare_x(s.row, dim, false, s.q64 + r * dim, &s.q_bound[r]);
+        dense_prepare_x(s.row, dim, F32, s.q64 + r * dim, &s.q_bound[r]);
     }
     for (int64_t tile = v.from; tile < v.to; tile += KEY_TILE) {
         const int64_t tile_end = v.to - tile < KEY_TILE ? v.to : tile + KEY_TILE;

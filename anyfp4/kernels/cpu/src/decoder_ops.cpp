@@ -105,23 +105,28 @@ const char* check_batch(const AttentionArgs& a, int64_t sequences, int64_t token
 
 void attention(const AttentionArgs& args, int64_t sequences) {
     const int64_t group = args.heads / args.kv_heads;
-    int64_t longest = 1, fresh = 0;
-    for (int64_t s = 0; s < sequences; ++s) {
-        longest = std::max<int64_t>(longest, args.context_len[s]);
-        fresh += args.query_start[s + 1] - args.query_start[s];
-    }
+    int64_t longest = 1;
+    for (int64_t s = 0; s < sequences; ++s) longest = std::max<int64_t>(longest, args.context_len[s]);
     // query tokens of one item: enough rows to share the widened keys, little enough scratch for the cache
     const int64_t rows = std::clamp<int64_t>((1 << 17) / longest, 1, 96);
     const int64_t tokens = std::max<int64_t>(1, rows / group);
-    // with less than one KV head for each thread, each query head is an item of its own
-    const bool split = fresh * args.kv_heads < get_threads();
+    // What cannot be dealt out evenly, one KV head of a sequence to a thread, goes by single query heads.
     std::vector<AttentionItem> items;
     for (int64_t s = 0; s < sequences; ++s)
         for (int64_t t = args.query_start[s]; t < args.query_start[s + 1]; t += tokens)
-            for (int64_t h = 0; h < args.heads; h += split ? 1 : group)
-                items.push_back({s, t, std::min<int64_t>(t + tokens, args.query_start[s + 1]), h,
-                                 h + (split ? 1 : group)});
-    const int64_t work_per_item = std::max<int64_t>(1, longest * args.dim * (split ? 1 : group));
+            for (int64_t h = 0; h < args.heads; h += group)
+                items.push_back({s, t, std::min<int64_t>(t + tokens, args.query_start[s + 1]), h, h + group});
+    const int64_t even = int64_t(items.size()) / get_threads() * get_threads();
+    if (even < 8 * get_threads()) {
+        const std::vector<AttentionItem> rest(items.begin() + even, items.end());
+        items.resize(size_t(even));
+        for (AttentionItem item : rest)
+            for (int64_t h = item.h0, end = item.h1; h < end; ++h) {
+                item.h0 = h, item.h1 = h + 1;
+                items.push_back(item);
+            }
+    }
+    const int64_t work_per_item = std::max<int64_t>(1, longest * args.dim * group);
     parallel_for(int64_t(items.size()), std::max<int64_t>(1, SMALL / work_per_item), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             scratch.reserve(size_t(kernels().attention_scratch(args, items[size_t(i)])));

@@ -6,8 +6,12 @@
 // result is the number times 2^-896 (subnormal numbers included). Of four neighbours in 64 bits, 3 and 1 share one
 // shift, 2 and 0 need another. That is 9 operations for 16 numbers, where widening conversions take 20. So x is stored
 // by threes, ones, twos and zeros, times 2^800, which leaves 2^-96 to undo.
+//
+// E4M3 likewise, seven bits further right, times 2^-1016: of eight neighbours in 64 bits, 7 and 3 share a shift, and so
+// do 6 and 2, 5 and 1, 4 and 0. A NaN becomes a number, so for rows that hold one the result does not count.
 typedef int32_t vi __attribute__((vector_size(8 * VD)));
 typedef int32_t vi_unaligned __attribute__((vector_size(8 * VD), aligned(2), may_alias));
+typedef int32_t vi_bytes __attribute__((vector_size(8 * VD), aligned(1), may_alias));
 typedef uint64_t vu __attribute__((vector_size(8 * VD)));
 
 static inline RowBound row_bound(const float* x, int64_t k) {
@@ -22,16 +26,29 @@ static inline RowBound row_bound(const float* x, int64_t k) {
     return {float(sqrt(sum) * (1 + 0x1p-20)) * (1 + 0x1p-20f), magnitudes(x, k).unit()};
 }
 
-static void dense_prepare_x(const float* x, int64_t k, bool for_bf16, double* out, RowBound* bound) {
+// x in the order in which rows with `count` neighbours in 64 bits are read; returns how many there are.
+template <int count>
+static inline int64_t interleave(const float* x, int64_t k, const int (&neighbour)[count], double* out) {
+    int64_t i = 0;
+    for (; i + count * VD <= k; i += count * VD)
+        for (int j = 0; j < count; ++j)
+            for (int l = 0; l < VD; ++l) out[i + j * VD + l] = double(x[i + count * l + neighbour[j]]) * 0x1p800;
+    return i;
+}
+
+static void dense_prepare_x(const float* x, int64_t k, int in_place, double* out, RowBound* bound) {
+    static const int of_bf16[4] = {3, 1, 2, 0}, of_e4m3[8] = {7, 3, 6, 2, 5, 1, 4, 0};
     *bound = row_bound(x, k);
     int64_t i = 0;
-    if (for_bf16) {
-        static const int neighbour[4] = {3, 1, 2, 0};
-        for (; i + 4 * VD <= k; i += 4 * VD)
-            for (int j = 0; j < 4; ++j)
-                for (int l = 0; l < VD; ++l) out[i + j * VD + l] = double(x[i + 4 * l + neighbour[j]]) * 0x1p800;
-    }
-    for (; i < k; ++i) out[i] = x[i];
+    if (in_place == BF16) i = interleave(x, k, of_bf16, out);
+    if (in_place == F8) i = interleave(x, k, of_e4m3, out);
+    for (; i < k; ++i) out[i] = in_place == F8 ? x[i] * 0x1p800 : x[i];
+}
+
+constexpr uint64_t E4M3_MASK = 0x80FE000000000000;
+
+static inline double moved(uint8_t e4m3) {
+    return double_of(uint64_t(e4m3 & 0x80) << 56 | uint64_t(e4m3 & 0x7F) << 49);
 }
 
 // Four rows of bfloat16 with x from dense_prepare_x; with fewer than four, the last stands in for the rest.
@@ -56,6 +73,34 @@ static inline void bf16_dot4(const double* x, const uint16_t* w, int rows, int64
     for (int r = 0; r < 4; ++r) {
         out[r] = total(acc[r]) * 0x1p96;
         for (int64_t j = i; j < k; ++j) out[r] += x[j] * bf16_to_float(row[r][j]);
+    }
+}
+
+// Four rows of E4M3, `stride` apart, with x from dense_prepare_x; with fewer than four, the last stands in for the rest.
+static inline void fp8_dot4(const double* x, const uint8_t* w, int64_t stride, int rows, int64_t k, double* out) {
+    const uint8_t* row[4];
+    for (int r = 0; r < 4; ++r) row[r] = w + (r < rows ? r : rows - 1) * stride;
+    const vu mask = E4M3_MASK - vu{};
+    vd acc[4] = {splat(0), splat(0), splat(0), splat(0)}, more[4] = {splat(0), splat(0), splat(0), splat(0)};
+    int64_t i = 0;
+    for (; i + 8 * VD <= k; i += 8 * VD) {
+        for (int r = 0; r < 4; ++r) __builtin_prefetch(row[r] + i + 4 * stride);  // the next four rows
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const vd high = load(x + i + 2 * j * VD), low = load(x + i + (2 * j + 1) * VD);
+            for (int r = 0; r < 4; ++r) {
+                const vi v = *reinterpret_cast<const vi_bytes*>(row[r] + i);
+                const vu bits = (vu)((v << 8 * j) >> 7);
+                acc[r] = madd((vd)(bits & mask), high, acc[r]);
+                more[r] = madd((vd)((bits << 32) & mask), low, more[r]);
+            }
+        }
+    }
+    for (int r = 0; r < 4; ++r) acc[r] += more[r];
+    totals(acc, out);
+    for (int r = 0; r < 4; ++r) {
+        for (int64_t j = i; j < k; ++j) out[r] += x[j] * moved(row[r][j]);
+        out[r] *= 0x1p216;
     }
 }
 
@@ -84,12 +129,30 @@ static void dense_bounds(const DenseArgs& a, int64_t begin, int64_t end, RowBoun
     }
 }
 
+// Output n of token t from its float64 sum.
+static inline void settle_dense(const DenseArgs& a, int64_t t, int64_t n, double unit, double sum) {
+    float y;
+    const RowBound bx = a.x_bound[t], bw = a.w_bound[n];
+    const double norms = double(bx.norm) * double(bw.norm);
+    // norms that are not finite: an infinity or a NaN among the factors, or nearly
+    if (norms < pow2(53 + bx.unit + bw.unit)) {
+        y = float(sum) + 0.0f;
+    } else if (!(norms < 0x1p1000 && decided(sum, unit * norms, &y))) {
+        const float* xf = a.x32 + t * a.k;
+        weight_row(a, n, a.w32);
+        y = exact_dot(a.k, [&](int64_t i) { return xf[i]; }, [&](int64_t i) { return a.w32[i]; });
+    }
+    if (a.row_scale) y *= a.token_scale ? a.token_scale[t] * a.row_scale[n] : a.row_scale[n];
+    if (a.bias) y += a.bias[n];
+    store_float(a.out, t * a.n + n, a.out_dtype, y, a.bf16_nan);
+}
+
 // Rows begin <= n < end of the product with all m tokens.
 static void dense_rows(const DenseArgs& a, int64_t begin, int64_t end) {
     const double unit = double(a.k + 3) * 0x1p-53;
     for (int64_t n = begin; n < end; n += 4) {
         const int rows = int(end - n < 4 ? end - n : 4);
-        if (!a.bf16_in_place) {
+        if (!a.in_place) {
             for (int r = 0; r < 4; ++r) {
                 double* wide = a.w64 + r * a.k;
                 if (r >= rows) {
@@ -100,27 +163,22 @@ static void dense_rows(const DenseArgs& a, int64_t begin, int64_t end) {
                 widen(a.w32, a.k, wide);
             }
         }
-        for (int64_t t = 0; t < a.m; ++t) {
-            double sum[4];
+        for (int64_t t = 0; t < a.m;) {
+            double sum[3][4];
             const double* x = a.x64 + t * a.k;
-            if (a.bf16_in_place) bf16_dot4(x, static_cast<const uint16_t*>(a.w) + n * a.k, rows, a.k, sum);
-            else dot4(x, a.w64, a.w64 + a.k, a.w64 + 2 * a.k, a.w64 + 3 * a.k, a.k, sum);
-            for (int r = 0; r < rows; ++r) {
-                float y;
-                const RowBound bx = a.x_bound[t], bw = a.w_bound[n + r];
-                const double norms = double(bx.norm) * double(bw.norm);
-                // norms that are not finite: an infinity or a NaN among the factors, or nearly
-                if (norms < pow2(53 + bx.unit + bw.unit)) {
-                    y = float(sum[r]) + 0.0f;
-                } else if (!(norms < 0x1p1000 && decided(sum[r], unit * norms, &y))) {
-                    const float* xf = a.x32 + t * a.k;
-                    weight_row(a, n + r, a.w32);
-                    y = exact_dot(a.k, [&](int64_t i) { return xf[i]; }, [&](int64_t i) { return a.w32[i]; });
-                }
-                if (a.row_scale) y *= a.token_scale ? a.token_scale[t] * a.row_scale[n + r] : a.row_scale[n + r];
-                if (a.bias) y += a.bias[n + r];
-                store_float(a.out, t * a.n + n + r, a.out_dtype, y, a.bf16_nan);
+            int tokens = 1;
+            if (a.in_place && a.w_dtype == F8) {
+                fp8_dot4(x, static_cast<const uint8_t*>(a.w) + n * a.k, a.k, rows, a.k, sum[0]);
+            } else if (a.in_place) {
+                bf16_dot4(x, static_cast<const uint16_t*>(a.w) + n * a.k, rows, a.k, sum[0]);
+            } else if (t + 3 <= a.m) {
+                tokens = 3;
+                dot_block<3>(x, a.k, a.w64, a.k, a.k, sum);
+            } else {
+                dot_block<1>(x, a.k, a.w64, a.k, a.k, sum);
             }
+            for (int i = 0; i < tokens; ++i, ++t)
+                for (int r = 0; r < rows; ++r) settle_dense(a, t, n + r, unit, sum[i][r]);
         }
     }
 }

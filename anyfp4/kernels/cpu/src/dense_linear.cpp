@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common.h"
+#include "fp8_quantize.h"
 #include "nvfp4_linear.h"
 #include "threads.h"
 
@@ -12,7 +13,7 @@ namespace anyfp4 {
 namespace {
 
 constexpr int64_t TOKENS = 64;        // that meet four widened rows of the weight at a time
-constexpr int64_t IN_PLACE_TOKENS = 2;  // up to this many, bfloat16 is widened on the way
+constexpr int64_t IN_PLACE_TOKENS = 2;  // up to this many, bfloat16 and E4M3 are widened on the way
 
 struct RowScratch {
     Buffer buffer;
@@ -62,7 +63,7 @@ DenseLinear::DenseLinear(const void* w, int w_dtype, const uint8_t* block_scale,
     args_.bias = bias_.empty() ? nullptr : bias_.data();
 }
 
-void DenseLinear::prepare_token(const void* x, int x_dtype, bool for_bf16, float* x32, double* x64, RowBound* bound,
+void DenseLinear::prepare_token(const void* x, int x_dtype, bool in_place, float* x32, double* x64, RowBound* bound,
                                 float* scale) const {
     const Kernels& kernel = kernels();
     const int64_t k = args_.k;
@@ -73,17 +74,9 @@ void DenseLinear::prepare_token(const void* x, int x_dtype, bool for_bf16, float
         for (int64_t i = 0; i < k; ++i) x32[i] *= factors[size_t(i)];
         kernel.round_row(x32, k, x_dtype);
     }
-    if (input_ != Input::AS_IT_IS) {
-        *scale = input_scale_;
-        if (input_ == Input::FP8_DYNAMIC) {
-            uint32_t top = 0;
-            for (int64_t i = 0; i < k; ++i) top = std::max(top, bits_of(x32[i]) & 0x7FFFFFFF);
-            *scale = top ? float_of(top) / 448.0f : 1.0f;
-        }
-        const float inverse = 1.0f / *scale;
-        for (int64_t i = 0; i < k; ++i) x32[i] = e4m3_to_float(float_to_e4m3(x32[i] * inverse));
-    }
-    kernel.dense_prepare_x(x32, k, for_bf16, x64, bound);
+    if (input_ == Input::FP8_STATIC) fp8_round(x32, k, *scale = input_scale_);
+    if (input_ == Input::FP8_DYNAMIC) *scale = fp8_quantize(x32, k);
+    kernel.dense_prepare_x(x32, k, in_place ? args_.w_dtype : F32, x64, bound);
 }
 
 void DenseLinear::run(const void* x, int64_t m, int x_dtype, void* out, int out_dtype) const {
@@ -102,12 +95,12 @@ void DenseLinear::run(const void* x, int64_t m, int x_dtype, void* out, int out_
     args.token_scale = input_ == Input::AS_IT_IS ? nullptr : scale;
     args.out_dtype = out_dtype;
     args.bf16_nan = bf16_nan();
-    args.bf16_in_place = args.w_dtype == BF16 && m <= IN_PLACE_TOKENS;
+    args.in_place = (args.w_dtype == BF16 || args.w_dtype == F8) && m <= IN_PLACE_TOKENS;
     for (int64_t t0 = 0; t0 < m; t0 += TOKENS) {
         args.m = std::min(TOKENS, m - t0);
         parallel_for(args.m, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t)
-                prepare_token(element(x, (t0 + t) * k, x_dtype), x_dtype, args.bf16_in_place, x32 + t * k, x64 + t * k,
+                prepare_token(element(x, (t0 + t) * k, x_dtype), x_dtype, args.in_place, x32 + t * k, x64 + t * k,
                               bound + t, scale + t);
         });
         args.out = element(out, t0 * args.n, out_dtype);

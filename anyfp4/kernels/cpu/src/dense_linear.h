@@ -17,7 +17,7 @@ namespace anyfp4 {
 enum class Input : int {
     AS_IT_IS = 0,
     FP8_STATIC = 1,   // E4M3(x (1 / input_scale)), one scale
-    FP8_DYNAMIC = 2,  // likewise, one scale per token: amax / 448
+    FP8_DYNAMIC = 2,  // likewise, one scale per token
 };
 
 class DenseLinear : public Linear {
@@ -34,7 +34,7 @@ public:
     int64_t nbytes() const;
 
 private:
-    void prepare_token(const void* x, int x_dtype, bool for_bf16, float* x32, double* x64, RowBound* bound,
+    void prepare_token(const void* x, int x_dtype, bool in_place, float* x32, double* x64, RowBound* bound,
                        float* scale) const;
 
     DenseArgs args_{};

@@ -19,6 +19,7 @@ namespace ISA_NAMESPACE {
 #include "nvfp4_avx2.inl"
 #include "elementwise.inl"
 #include "dense.inl"
+#include "fp8_block.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "attention_one.inl"

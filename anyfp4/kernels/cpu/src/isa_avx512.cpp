@@ -13,6 +13,7 @@ namespace avx512 {
 #include "nvfp4_avx512.inl"
 #include "elementwise.inl"
 #include "dense.inl"
+#include "fp8_block.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "attention_one.inl"

@@ -11,6 +11,7 @@ namespace portable {
 #include "nvfp4_portable.inl"
 #include "elementwise.inl"
 #include "dense.inl"
+#include "fp8_block.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "attention_one.inl"

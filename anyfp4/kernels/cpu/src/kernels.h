@@ -85,9 +85,29 @@ struct DenseArgs {
     void* out;                 // [m, n] of out_dtype
     int out_dtype;
     uint16_t bf16_nan;
-    bool bf16_in_place;  // read bfloat16 rows without widening them first; x64 was prepared for it
+    bool in_place;  // read bfloat16 or E4M3 rows without widening them first; x64 was prepared for it
     float* w32;          // scratch [k]
     double* w64;         // scratch [4, k]
+};
+
+// ---- products with block-wise FP8 rows -----------------------------------------------------------------------------
+constexpr int64_t FP8_BLOCK = 128;        // rows and columns of the weight, and columns of a token, that share a scale
+constexpr int64_t FP8_BLOCK_TOKENS = 64;  // that meet a widened piece of the weight at a time
+
+struct Fp8BlockArgs {
+    const uint8_t* w;      // E4M3 [n, k]
+    const float* w_scale;  // [ceil(n / 128), ceil(k / 128)]
+    const uint8_t* w_nan;  // [n], whether a NaN is in the row
+    int64_t n, k, m;
+    const float* x32;         // [m, k], the codes of quantized activations
+    const double* x64;        // [ceil(k / 128), m, 128], from dense_prepare_x for F8, 0 from k on
+    const RowBound* x_bound;  // [ceil(k / 128), m], likewise
+    const float* x_scale;     // [ceil(k / 128), m], or null where activations stay as they are
+    const float* bias;        // [n] or null
+    void* out;                // [m, n] of out_dtype
+    int out_dtype;
+    uint16_t bf16_nan;
+    bool in_place;  // read the rows without widening them first
 };
 
 // ---- attention -----------------------------------------------------------------------------------------------------
@@ -133,9 +153,11 @@ struct Kernels {
     // ---- dense ----
     void (*load_row)(const void* x, int64_t begin, int64_t n, int dtype, float* out);
     void (*round_row)(float* x, int64_t n, int dtype);
-    void (*dense_prepare_x)(const float* x, int64_t k, bool for_bf16, double* out, RowBound* bound);
+    // `in_place`: the dtype of rows that will be read as they are (BF16 or F8), or F32 for widened ones
+    void (*dense_prepare_x)(const float* x, int64_t k, int in_place, double* out, RowBound* bound);
     void (*dense_bounds)(const DenseArgs& args, int64_t begin, int64_t end, RowBound* bounds);
     void (*dense_rows)(const DenseArgs& args, int64_t begin, int64_t end);
+    void (*fp8_block_rows)(const Fp8BlockArgs& args, int64_t begin, int64_t end);
 
     // ---- rows and heads ----
     void (*rms_norm)(const void* x, const void* residual, void* residual_out, const void* w, int w_dtype, void* y,

@@ -10,6 +10,7 @@
 #include "decoder_ops.h"
 #include "decoder_stack.h"
 #include "dense_linear.h"
+#include "fp8_block_linear.h"
 #include "kernels.h"
 #include "nvfp4_linear.h"
 #include "threads.h"
@@ -104,6 +105,20 @@ NB_MODULE(_native, m) {
                  });
              })
         .def_prop_ro("nbytes", &DenseLinear::nbytes);
+
+    nb::class_<Fp8BlockLinear, Linear>(m, "Fp8BlockLinear")
+        .def("__init__",
+             [](Fp8BlockLinear* self, uintptr_t w, int64_t n, int64_t k, uintptr_t scale, uintptr_t bias,
+                bool weight_only) {
+                 new (self) Fp8BlockLinear(at<uint8_t>(w), n, k, at<float>(scale), at<float>(bias), weight_only);
+             })
+        .def("run",
+             [](const Fp8BlockLinear& self, uintptr_t x, int64_t rows, int x_dtype, uintptr_t out, int out_dtype) {
+                 unlocked(double(rows) * double(self.n()) * double(self.k()), [&] {
+                     self.run(at<void>(x), rows, x_dtype, at<void>(out), out_dtype);
+                 });
+             })
+        .def_prop_ro("nbytes", &Fp8BlockLinear::nbytes);
 
     nb::class_<DecoderStack>(m, "DecoderStack")
         .def("__init__",

@@ -218,9 +218,10 @@ void NvFP4Linear::run(const void* x, int64_t m, int x_dtype, void* out, int out_
         });
         for (const Segment& s : segments_) {
             if (s.group != group) continue;
-            // pieces of at least about 64 KiB of codes times tokens, and a few for each thread
-            const int64_t least = std::max<int64_t>(1, 65536 / (chunks_ * CHUNK_BYTES * m));
-            const int64_t grain = std::max(least, s.tiles / (get_threads() * (m == 1 ? 4 : 16)));
+            // pieces of at least about 16 KiB of codes times tokens (a microsecond), and enough of them that no thread waits
+            // long for another
+            const int64_t least = std::max<int64_t>(1, 16384 / (chunks_ * CHUNK_BYTES * m));
+            const int64_t grain = std::max(least, s.tiles / (get_threads() * (m == 1 ? 8 : 16)));
             parallel_for(s.tiles, grain, [&](int64_t begin, int64_t end) {
                 run_tiles(s, begin, end, q, m, out, out_dtype);
             });

@@ -39,45 +39,44 @@ static inline double total(vd v) {
     return sum;
 }
 
-// Dot products of `a` with four rows at once, in float64, any order. T is float or double.
-template <typename T>
-static inline void dot4(const double* a, const T* b0, const T* b1, const T* b2, const T* b3, int64_t n, double* out) {
-    vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
-    int64_t i = 0;
-#pragma GCC unroll 4
-    for (; i + VD <= n; i += VD) {
-        const vd x = load(a + i);
-        s0 = madd(x, load(b0 + i), s0);
-        s1 = madd(x, load(b1 + i), s1);
-        s2 = madd(x, load(b2 + i), s2);
-        s3 = madd(x, load(b3 + i), s3);
-    }
-    double t0 = 0, t1 = 0, t2 = 0, t3 = 0;
-    for (; i < n; ++i) {
-        t0 += a[i] * b0[i];
-        t1 += a[i] * b1[i];
-        t2 += a[i] * b2[i];
-        t3 += a[i] * b3[i];
-    }
-    out[0] = total(s0) + t0;
-    out[1] = total(s1) + t1;
-    out[2] = total(s2) + t2;
-    out[3] = total(s3) + t3;
+// The four totals.
+static inline void totals(const vd* v, double* out) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    __m256d half[4];  // GCC 12 warns inside the unmasked forms
+    for (int i = 0; i < 4; ++i)
+        half[i] = _mm512_maskz_extractf64x4_pd(0xF, (__m512d)v[i], 0) + _mm512_maskz_extractf64x4_pd(0xF, (__m512d)v[i], 1);
+#else
+    const __m256d half[4] = {(__m256d)v[0], (__m256d)v[1], (__m256d)v[2], (__m256d)v[3]};
+#endif
+    const __m256d a = _mm256_hadd_pd(half[0], half[1]), b = _mm256_hadd_pd(half[2], half[3]);
+    _mm256_storeu_pd(out, _mm256_add_pd(_mm256_permute2f128_pd(a, b, 0x21), _mm256_blend_pd(a, b, 0xC)));
+#else
+    for (int i = 0; i < 4; ++i) out[i] = total(v[i]);
+#endif
 }
 
-template <typename T>
-static inline double dot1(const double* a, const T* b, int64_t n) {
-    vd s0 = splat(0), s1 = s0, s2 = s0, s3 = s0;
+// Dot products of T rows a + t a_stride with four rows b + r b_stride, in float64, any order. With three there are 12 sums,
+// which take 7 loads for 12 multiply-adds; one alone takes 5 for 4, and loads are then the limit.
+template <int T>
+static inline void dot_block(const double* a, int64_t a_stride, const double* b, int64_t b_stride, int64_t n,
+                             double (*out)[4]) {
+    vd sum[T][4];
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < 4; ++r) sum[t][r] = splat(0);
     int64_t i = 0;
-    for (; i + 4 * VD <= n; i += 4 * VD) {
-        s0 = madd(load(a + i), load(b + i), s0);
-        s1 = madd(load(a + i + VD), load(b + i + VD), s1);
-        s2 = madd(load(a + i + 2 * VD), load(b + i + 2 * VD), s2);
-        s3 = madd(load(a + i + 3 * VD), load(b + i + 3 * VD), s3);
+    for (; i + VD <= n; i += VD) {
+        vd x[T];
+        for (int t = 0; t < T; ++t) x[t] = load(a + t * a_stride + i);
+        for (int r = 0; r < 4; ++r) {
+            const vd y = load(b + r * b_stride + i);
+            for (int t = 0; t < T; ++t) sum[t][r] = madd(x[t], y, sum[t][r]);
+        }
     }
-    double tail = 0;
-    for (; i < n; ++i) tail += a[i] * b[i];
-    return total((s0 + s1) + (s2 + s3)) + tail;
+    for (int t = 0; t < T; ++t) totals(sum[t], out[t]);
+    for (; i < n; ++i)
+        for (int t = 0; t < T; ++t)
+            for (int r = 0; r < 4; ++r) out[t][r] += a[t * a_stride + i] * b[r * b_stride + i];
 }
 
 // What the elements of a row have in common. All are multiples of 2^unit (zeros aside), so if |a| |b| < 2^(53 + units)
