@@ -2,10 +2,10 @@
 """Log-probabilities and the most likely token of rows of logits.
 
 A row is cut at fixed places into pieces of 4096, each the work of one program, so that a single row of a large
-vocabulary fills a GPU. A piece's exponentials (``elementary.exp``) are summed in float64 by neighbours, the pieces' sums
-likewise, and the total is rounded to float32. The definition (``ops/sampling.py``) is the exact sum rounded once; a tree
-of float64 sums is off by at most 22·2⁻⁵³ of itself (one rounding a level), so the two differ only if the exact sum lies
-that near a rounding boundary of float32: about one row in 10⁷. The largest of some numbers has no order.
+vocabulary fills a GPU. A piece's exponentials (``elementary.exp``) are summed in float64 by neighbours, the pieces'
+sums likewise, and the total is rounded to float32. The definition (``ops/sampling.py``) is the exact sum rounded once;
+a tree of float64 sums is off by at most 22·2⁻⁵³ of itself (one rounding a level), so the two differ only if the exact
+sum lies that near a rounding boundary of float32: about one row in 10⁷. The largest of some numbers has no order.
 """
 
 from __future__ import annotations
