@@ -160,7 +160,10 @@ class TritonBackend(Backend):
 
     def _packed(self, x: Tensor, packed: Any, out_dtype: torch.dtype, row: Tensor | None) -> Tensor:
         y: Tensor
-        if self._many(x, x.shape[1]):
+        if x.dtype == torch.float32:
+            w = _kernel("gemm").dequantize(packed, 0, packed.alpha.shape[0], torch.float32)
+            y = _kernel("linear_dense").dense_linear(x[0], w, packed.alpha, packed.bias, out_dtype)
+        elif self._many(x, x.shape[1]):
             y = _kernel("gemm").packed_gemm(x, packed, out_dtype, row)
         else:
             tokens = _HIP_TOKENS if torch.version.hip else None

@@ -66,7 +66,11 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object], dict[str, int]]
         {"num_warps": 2, "num_stages": 3},
     ),
     "dense": (
-        linear_dense._dense_linear, {"p_x": "*bf16", "p_w": "*bf16"}, {**DENSE, "WIDEN": False, "BK": 128},
+        linear_dense._dense_linear, {"p_x": "*bf16", "p_w": "*bf16"}, {**DENSE, "FLOAT32": False, "BK": 128},
+        {"num_warps": 4, "num_stages": 3},
+    ),
+    "dense, float32": (
+        linear_dense._dense_linear, {"p_x": "*fp32", "p_w": "*fp32"}, {**DENSE, "FLOAT32": True, "BK": 32},
         {"num_warps": 4, "num_stages": 3},
     ),
     "gemm": (gemm._gemm, DESCRIPTORS, {**GEMM, "SEGMENTS": 1}, {"num_warps": 8, "num_stages": 4}),
@@ -107,7 +111,7 @@ def build(name: str, target: GPUTarget) -> dict[str, int]:
     )  # fmt: skip
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": False})
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    found = {i: text.count(i) for i in INSTRUCTIONS if i in text}
+    found = {i: text.count(i) for i in (*INSTRUCTIONS, "tf32") if i in text}
     for width in set(re.findall(r"kWidth = (\d+)", compiled.asm["ttgir"])):
         found[f"kWidth {width}"] = 1
     binary = "cubin" if target.backend == "cuda" else "hsaco"

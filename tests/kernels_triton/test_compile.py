@@ -59,3 +59,9 @@ def test_nothing_is_fused(arch: str) -> None:
     """The quantization and the epilogue round each operation."""
     for name in ("quantize", "quantize, packed", "quantize_fp8", "add_segments", "packed", "gemm"):
         assert built("cuda", arch)[name]["fma"] == 0, name
+
+
+@pytest.mark.parametrize(("backend", "arch"), TARGETS, ids=str)
+def test_float32_stays_float32(backend: str, arch: str) -> None:
+    for name, found in built(backend, arch).items():
+        assert not found.get("tf32"), name

@@ -85,7 +85,7 @@ def _dequantize(
 
 
 def dequantize(weight: Packed, first: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """code × scale (or the E4M3 values) of ``rows`` rows from ``first`` on: [rows, K]; exact in both 16-bit types."""
+    """code × scale (or the E4M3 values) of ``rows`` rows from ``first`` on: [rows, K]; exact in any type."""
     groups, n, w = weight.words.shape
     out = torch.empty((rows, weight.k), dtype=dtype, device=weight.words.device)
     _dequantize[(triton.cdiv(rows, 32), groups)](

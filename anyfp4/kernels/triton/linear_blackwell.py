@@ -57,7 +57,21 @@ class Blocks:
 @triton.jit
 def _block_values(w, u, block: tl.constexpr, R: tl.constexpr):
     """code × scale × 2⁻⁷ of a block: words [R, 8], scale words [R] to float16 [R, 16]; exact, if subnormal too."""
-    values = tl.reshape(half_pair(code_bits(w, block)), (R, 16))
+    return _scaled_block(code_bits(w, block), u, block, R)
+
+
+@triton.jit
+def _any_block_values(w, u, block, R: tl.constexpr):
+    """As above, for a block that is known at run time only: a quarter of the code."""
+    t = tl.where(block == 0, code_bits(w, 0), code_bits(w, 1))
+    t = tl.where(block == 2, code_bits(w, 2), t)
+    t = tl.where(block == 3, code_bits(w, 3), t)
+    return _scaled_block(t, u, block, R)
+
+
+@triton.jit
+def _scaled_block(t, u, block, R: tl.constexpr):
+    values = tl.reshape(half_pair(t), (R, 16))
     s = (((u >> (8 * block)) & 0x7F) << 7).to(tl.uint16).to(tl.float16, bitcast=True) * 32768.0
     return values * s[:, None]
 
@@ -100,25 +114,27 @@ def _slow_tile(p_x, p_a, p_w, p_s, N, K, chunks, live, BM: tl.constexpr, BN: tl.
     """The tile's sums with every truncation: float64 [BN, BM]. In units of 2⁻²⁰ every term is an integer below 2⁶⁰."""
     j, zero = tl.arange(0, 16), tl.zeros((BM,), tl.int32)
     total = tl.zeros((BN, BM), tl.int64)
-    for chunk in range(chunks):
+    for chunk in tl.range(0, chunks, num_stages=1):
         w = tl.load(p_w + chunk * tl.cast(N, tl.int64) * 8).to(tl.uint32, bitcast=True)
         u = tl.load(p_s + chunk * tl.cast(N, tl.int64)).to(tl.uint32, bitcast=True)
+        # this path is long and rarely taken: not unrolled, and so not compiled for minutes
+        blocks = tl.minimum(4, K // 16 - chunk * 4)
         # the exponent of the accumulator; zero has none
         exponent = ((total.to(tl.float64).to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1043
         largest = tl.where(total == 0, -139, exponent)
-        for block in tl.static_range(4):
+        for block in tl.range(0, blocks, num_stages=1):
             k = chunk * 64 + block * 16
             x = tl.load(p_x + k + j[None, :], mask=live[:, None] & (k + j[None, :] < K), other=0.0)
             a = tl.load(p_a + k // 16, mask=live & (k + zero < K), other=0).to(tl.int32)
-            present = tl.dot(tl.abs(_block_values(w, u, block, BN)), tl.abs(x).T) > 0.0
+            present = tl.dot(tl.abs(_any_block_values(w, u, block, BN)), tl.abs(x).T) > 0.0
             term = _exponent(((u >> (8 * block)) & 0x7F).to(tl.int32))[:, None] + _exponent(a)[None, :]
             largest = tl.maximum(largest, tl.where(present, term, -139))
         shift = tl.maximum(largest - 15, 0).to(tl.int64)
         total = _cut(total, shift)
-        for block in tl.static_range(4):
+        for block in tl.range(0, blocks, num_stages=1):
             k = chunk * 64 + block * 16
             x = tl.load(p_x + k + j[None, :], mask=live[:, None] & (k + j[None, :] < K), other=0.0)
-            dot = tl.dot(_block_values(w, u, block, BN), x.T)
+            dot = tl.dot(_any_block_values(w, u, block, BN), x.T)
             dot = tl.where(dot == dot, dot, 0.0)
             total += _cut((dot.to(tl.float64) * 134217728.0).to(tl.int64), shift)
         # aligned to 2^(E−35), the sum has 48 bits at most: exact in float64
@@ -192,8 +208,7 @@ def blackwell_linear(x: Tensor, scale: Tensor, weight: Blocks, out_dtype: torch.
     n = weight.words.shape[1]
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m:
-        # (LLVM takes minutes over the smaller tile for gfx950)
-        tokens = 16 if m <= 16 and not torch.version.hip else 32
+        tokens = 16 if m <= 16 else 32
         bias = weight.bias
         _blackwell_linear[(weight.tiles.table.shape[0], triton.cdiv(m, tokens))](
             x, scale, weight.words, weight.scales, weight.low, weight.high, y, weight.alpha,

@@ -1,7 +1,8 @@
 """y = x · Wᵀ with an unquantized weight, for few tokens or any types; the order over K of ``layout.py``.
 
-Operands of one 16-bit type go to the matrix units as they are. Otherwise both are widened to float32 and multiplied by
-ordinary multiply-adds, in order.
+Operands of one 16-bit type go to the matrix units as they are. Otherwise both are float32 and multiplied by ordinary
+multiply-adds, in order. A mixture of types is widened in memory first: for sm_100 Triton 3.6 multiplies in TF32 where
+it sees an operand widened in the kernel, whatever ``input_precision`` says.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 from anyfp4.kernels.triton.epilogue import add_segments, scaled
 from anyfp4.kernels.triton.layout import SEGMENT, segments
 from anyfp4.kernels.triton.linear_packed import tokens_per_tile
-from anyfp4.kernels.triton.numbers import float32_of, rounded
+from anyfp4.kernels.triton.numbers import rounded
 
 _TILE = 64
 
 
 @triton.jit(do_not_specialize=["M"])
 def _dense_linear(
-    p_x, p_w, p_y, p_alpha, p_bias, M, N, K, SEGMENT: tl.constexpr, WIDEN: tl.constexpr, EVEN_K: tl.constexpr,
+    p_x, p_w, p_y, p_alpha, p_bias, M, N, K, SEGMENT: tl.constexpr, FLOAT32: tl.constexpr, EVEN_K: tl.constexpr,
     PARTIAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(2)
@@ -41,8 +42,8 @@ def _dense_linear(
             inside = column[None, :] + k < K
             w = tl.load(p_w + k, mask=inside, other=0.0)
             x = tl.load(p_x + k, mask=live & inside, other=0.0)
-        if WIDEN:
-            acc = tl.dot(float32_of(w), float32_of(x).T, acc, input_precision="ieee")
+        if FLOAT32:
+            acc = tl.dot(w, x.T, acc, input_precision="ieee")
         else:
             acc = tl.dot(w, x.T, acc)
     written = (n[:, None] < N) & (m[None, :] < M)
@@ -79,12 +80,14 @@ def dense_linear(
         return y
     parts = segments(k)
     target = torch.empty((parts, m, n), dtype=torch.float32, device=x.device) if parts > 1 else y
-    widen = x.dtype != w.dtype or x.dtype == torch.float32
-    block = 32 if widen else 128
-    tokens = 16 if widen else tokens or tokens_per_tile(m)
+    if x.dtype != w.dtype:
+        x, w = x.to(torch.float32), w.to(torch.float32)
+    float32 = x.dtype == torch.float32
+    block = 32 if float32 else 128
+    tokens = 16 if float32 else tokens or tokens_per_tile(m)
     _dense_linear[(triton.cdiv(n, _TILE), triton.cdiv(m, tokens), parts)](
-        x, w, target, alpha, alpha if bias is None else bias, m, n, k, SEGMENT, widen, k % block == 0, parts > 1,
-        bias is not None, tokens, _TILE, block, num_warps=4, num_stages=3, enable_fp_fusion=widen,
+        x, w, target, alpha, alpha if bias is None else bias, m, n, k, SEGMENT, float32, k % block == 0, parts > 1,
+        bias is not None, tokens, _TILE, block, num_warps=4, num_stages=3, enable_fp_fusion=float32,
     )  # fmt: skip
     if parts > 1:
         add_segments(target, y, alpha, bias, None, 1.0)

@@ -151,7 +151,7 @@ def _packed_linear(
                 x = tl.load(p_x + k, mask=live, other=0.0)
             else:
                 x = tl.load(p_x + k, mask=live & (column[None, :] + k < K), other=0.0)
-            acc = tl.dot(values.to(x.dtype), x.T, acc, input_precision="ieee")
+            acc = tl.dot(values.to(x.dtype), x.T, acc)
         p_w += step
         p_s += step // 8
     written = (n[:, None] < end) & (m[None, :] < M)
@@ -178,7 +178,7 @@ def packed_linear(
 
     Args:
         x: [Q, M, K], one for each quantization of the activation: float16 code × block_scale; or, Q = 1, an
-            unquantized activation in any type, or float16 E4M3 values.
+            unquantized activation in float16 or bfloat16, or float16 E4M3 values.
         weight: N rows.
         out_dtype: of the result.
         row: float32 [M], a factor of each token, or None.
