@@ -44,7 +44,7 @@ from anyfp4.kernels.triton.checks import (
     row_strides,
 )
 from anyfp4.kernels.triton.elementary import rounded
-from anyfp4.kernels.triton.kv_cache import as_stored, check_caches, write_kv
+from anyfp4.kernels.triton.kv_cache import as_words, check_caches, write_kv
 from anyfp4.ops.attention import AttentionBatch
 
 __all__ = ["attention", "write_kv"]
@@ -198,7 +198,7 @@ def attention(
     window, table = sliding_window or 0, batch.block_table
     with on_device(q):
         _attend[(places, kv_heads, shared)](
-            q, as_stored(k_cache), as_stored(v_cache), batch.query_start, batch.context_len, table, out, p_m, p_mass,
+            q, as_words(k_cache), as_words(v_cache), batch.query_start, batch.context_len, table, out, p_m, p_mass,
             p_acc, sequences, table.stride(0), block_size, q.stride(0), q.stride(1), kv_heads, splits, window,
             scale * k_scale * _LOG2_E, v_scale,
             GROUP=group, D=dim, DIM=padded, ROWS=rows, TILE=tile(padded, qk.itemsize), SPLIT=SPLIT,
@@ -252,6 +252,8 @@ def _check(
         check_dtype(name, x, torch.int32)
         if not x.is_contiguous() and (name != "block_table" or x.stride(-1) != 1):
             raise InvalidArgumentError(f"{name} must have contiguous rows")
+    if k_cache.dtype == torch.float8_e4m3fn and k_cache.shape[3] % 4:
+        raise InvalidArgumentError(f"the head size of an FP8 cache must be a multiple of 4, got {list(k_cache.shape)}")
     if q.dim() != 3 or q.shape[2] != k_cache.shape[3] or not k_cache.shape[2] or q.shape[1] % k_cache.shape[2]:
         raise InvalidArgumentError(f"q {list(q.shape)} does not fit caches {list(k_cache.shape)}")
     sequences = batch.context_len.shape[0]

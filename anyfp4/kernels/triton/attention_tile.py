@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from anyfp4.kernels.triton.elementary import rounded, sum_halves
-from anyfp4.kernels.triton.kv_cache import from_cache
+from anyfp4.kernels.triton.kv_cache import cached_rows
 
 
 @triton.jit
@@ -58,20 +58,15 @@ def _add_tile(
     QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of the recurrence; HIDES: some row may not see some key."""
-    key, d = start + tl.arange(0, TILE), tl.arange(0, DIM)
+    key = start + tl.arange(0, TILE)
     # no key past the last row's own is read: the cache may hold anything there
     present = key <= highest
     block = tl.load(p_table + key // block_size, mask=present, other=0)
     slot = block.to(tl.int64) * block_size + key % block_size
     at = (slot * kv_heads + kv_head) * D
-    if HIDES or D < DIM:
-        live = present[:, None] & (d < D)[None, :]
-        k = tl.load(p_k_cache + at[None, :] + d[:, None], mask=present[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(p_v_cache + at[:, None] + d[None, :], mask=live, other=0)
-    else:
-        k = tl.load(p_k_cache + at[None, :] + d[:, None])
-        v = tl.load(p_v_cache + at[:, None] + d[None, :])
-    s = _product(q, from_cache(k, QK), tl.zeros((q.shape[0], TILE), tl.float32), INTERPRET)
+    k = cached_rows(p_k_cache, at, present, D, DIM, HIDES, QK)
+    v = cached_rows(p_v_cache, at, present, D, DIM, HIDES, PV)
+    s = _product(q, tl.trans(k), tl.zeros((q.shape[0], TILE), tl.float32), INTERPRET)
     if HIDES:
         visible = key[None, :] <= position[:, None]
         if WINDOW:
@@ -84,7 +79,6 @@ def _add_tile(
     alpha = tl.exp2(m - base)
     mass = mass * alpha + sum_halves(p)
     acc = acc * alpha[:, None]
-    v = from_cache(v, PV)
     p = rounded(p, PV) if INTERPRET else p.to(PV)
     if HIDES:
         finite = tl.abs(v.to(tl.float32)) < float("inf")
@@ -105,16 +99,16 @@ def _add_infinite(
     DIM: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, PV: tl.constexpr,
 ):  # fmt: skip
     """Adds p × v for the values of a tile that are not finite, where they are visible: rare, so key by key."""
-    i, d = tl.arange(0, TILE), tl.arange(0, DIM)
+    i, one = tl.arange(0, TILE), tl.arange(0, 1)
     for key in range(start, tl.minimum(start + TILE, highest + 1)):
-        slot = tl.load(p_table + key // block_size).to(tl.int64) * block_size + key % block_size
-        v = from_cache(tl.load(p_v_cache + (slot * kv_heads + kv_head) * D + d, mask=d < D, other=0), PV).to(tl.float32)
+        slot = tl.load(p_table + key // block_size + one).to(tl.int64) * block_size + key % block_size
+        v = cached_rows(p_v_cache, (slot * kv_heads + kv_head) * D, one == 0, D, DIM, True, PV).to(tl.float32)
         weight = tl.sum(tl.where((i == key - start)[None, :], p.to(tl.float32), 0.0), axis=1)
         visible = key <= position
         if WINDOW:
             visible = visible & (key > position - window)
-        apart = visible[:, None] & ((tl.abs(v) < float("inf")) == 0)[None, :]
-        acc += tl.where(apart, weight[:, None] * v[None, :], 0.0)
+        apart = visible[:, None] & ((tl.abs(v) < float("inf")) == 0)
+        acc += tl.where(apart, weight[:, None] * v, 0.0)
     return acc
 
 

@@ -35,16 +35,36 @@ def to_cache(x, inverse, dtype: tl.constexpr):
 
 
 @triton.jit
-def from_cache(x, dtype: tl.constexpr):
-    """Cached numbers as ``dtype``: E4M3 bytes are widened, exactly; anything else is of that type already."""
-    if x.dtype == tl.uint8:
-        bits = x.to(tl.int32)
+def cached_rows(p_cache, at, live, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, dtype: tl.constexpr):
+    """Rows of D numbers as [R, DIM] of ``dtype``, zero past D; E4M3 is widened exactly.
+
+    An FP8 cache comes as words of four bytes (:func:`as_words`). The compiler lays out operands of ``mma.sync`` by the
+    width of what was loaded (and by half of it where it sees ``tl.join``): from bytes it would permute the columns
+    within a step, and so the order of a sum, which it does not for ``wgmma``. From words it keeps the order of both.
+
+    Args:
+        at: int64 [R], where each row begins.
+        live: bool [R], rows to read, if MASK; others are zero.
+    """
+    if p_cache.dtype.element_ty == tl.int32:
+        d = tl.arange(0, DIM // 4)[None, :]
+        p_words = p_cache + (at // 4)[:, None] + d
+        if MASK or D < DIM:
+            words = tl.load(p_words, mask=live[:, None] & (d < D // 4), other=0)
+        else:
+            words = tl.load(p_words)
+        bytes_ = (words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 0xFF
+        bits = tl.reshape(bytes_, (at.shape[0], DIM))
         # in float32's places the seven low bits read as value × 2⁻¹²⁰, subnormal numbers too
         magnitude = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
         value = magnitude.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2¹²⁰
         y = tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(dtype)
     else:
-        y = x.to(dtype)
+        d = tl.arange(0, DIM)[None, :]
+        if MASK or D < DIM:
+            y = tl.load(p_cache + at[:, None] + d, mask=live[:, None] & (d < D), other=0.0).to(dtype)
+        else:
+            y = tl.load(p_cache + at[:, None] + d).to(dtype)
     return y
 
 
@@ -115,6 +135,11 @@ def check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
 def as_stored(cache: Tensor) -> Tensor:
     """The cache as kernels see it: an FP8 one as bytes."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
+
+
+def as_words(cache: Tensor) -> Tensor:
+    """The cache as :func:`cached_rows` reads it: an FP8 one as words of four bytes."""
+    return cache.view(torch.int32) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def inverse_scale(scale: float, cache: Tensor) -> float:
