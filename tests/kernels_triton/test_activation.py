@@ -22,8 +22,7 @@ def test_against_reference(device: torch.device, rows: int, width: int, dtype: t
 
 def test_every_bfloat16(device: torch.device) -> None:
     gate = torch.arange(0x10000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    # the interpreter misreads subnormal bfloat16 numbers
-    gate = gate[(gate.float().abs() >= 2.0**-126) | (gate == 0)].unsqueeze(0)
+    gate = gate[~gate.isnan()].unsqueeze(0)
     x = torch.cat((gate, torch.ones_like(gate)), dim=1)
     got, expected = activation.silu_mul(x.to(device)).cpu(), reference.silu_mul(x)
     # −∞ / (1 + e^∞) is a NaN, whose sign IEEE 754 leaves open

@@ -1,4 +1,4 @@
-"""Every kernel of the decoder's other ops compiles for every family of GPUs, and attention keeps one order of its sums."""
+"""Kernels of the decoder's other ops compile for every family of GPUs, and attention keeps one order of its sums."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_small_and_large_programs_add_in_one_order(backend: str, arch: str) -> N
             for n in (name, f"{name}, few rows")
         )
         if backend == "cuda":
-            # two neighbours of 16 bits: columns in order; the products of wgmma have them from shared memory or like this
+            # two neighbours of 16 bits: columns in order, as wgmma has them from shared memory
             assert large | small <= {"kWidth 2"}, name
         else:
             assert large == small, name

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton.checks import check_device, check_float, on_device
-from anyfp4.kernels.triton.elementary import exp, rounded
+from anyfp4.kernels.triton.elementary import exp
+from anyfp4.kernels.triton.numbers import float32_of, rounded
 
 
 @triton.jit
@@ -25,8 +26,8 @@ def _silu_mul(p_x, p_y, width, x_stride, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < width
     p_gate = p_x + row * x_stride + column
-    gate = tl.load(p_gate, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(p_gate + width, mask=live, other=0.0).to(tl.float32)
+    gate = float32_of(tl.load(p_gate, mask=live, other=0.0))
+    up = float32_of(tl.load(p_gate + width, mask=live, other=0.0))
     tl.store(p_y + row * width + column, rounded(gated(gate, up), p_y.dtype.element_ty), mask=live)
 
 

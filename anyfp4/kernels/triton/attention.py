@@ -43,8 +43,8 @@ from anyfp4.kernels.triton.checks import (
     power_of_two,
     row_strides,
 )
-from anyfp4.kernels.triton.elementary import rounded
 from anyfp4.kernels.triton.kv_cache import as_words, check_caches, write_kv
+from anyfp4.kernels.triton.numbers import rounded
 from anyfp4.ops.attention import AttentionBatch
 
 __all__ = ["attention", "write_kv"]

@@ -6,8 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from anyfp4.kernels.triton.elementary import rounded, sum_halves
+from anyfp4.kernels.triton.elementary import sum_halves
 from anyfp4.kernels.triton.kv_cache import cached_rows
+from anyfp4.kernels.triton.numbers import rounded
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
-"""exp and log of ``ops/elementary.py``, rounding to a result's type, and sums in an order that is written down.
+"""exp and log of ``ops/elementary.py``, and sums in an order that is written down.
 
 The order in which ``tl.sum`` adds depends on how a tile lies in registers, and that on its shape, the number of warps
 and even the alignment of a pointer. A sum over an axis of two has no order, so sums here are trees of such sums: the
@@ -60,19 +60,6 @@ def log(x):
     result = (e * _LN2_HIGH + (e * _LN2_LOW + s * p)).to(tl.float32)
     result = tl.where(x == 0.0, -float("inf"), result)
     return tl.where((x == x) & (x != float("inf")), result, x)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 to float32, bfloat16 or float16, to nearest even."""
-    if dtype == tl.bfloat16:
-        # by bits: the interpreter's own conversion truncates
-        bits = x.to(tl.int32, bitcast=True)
-        upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        y = tl.where(x == x, upper, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        y = x.to(dtype)
-    return y
 
 
 @triton.jit

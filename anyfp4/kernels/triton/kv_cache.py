@@ -14,8 +14,7 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton.checks import FLOATS, check_device, check_dtype, check_float, on_device, power_of_two
-from anyfp4.kernels.triton.elementary import rounded
-from anyfp4.kernels.triton.numbers import e4m3_bits
+from anyfp4.kernels.triton.numbers import e4m3_bits, rounded
 
 #: elements of a token's row that a program treats at a time
 _BLOCK = 1024
@@ -38,13 +37,11 @@ def to_cache(x, inverse, dtype: tl.constexpr):
 def cached_rows(p_cache, at, live, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, dtype: tl.constexpr):
     """Rows of D numbers as [R, DIM] of ``dtype``, zero past D; E4M3 is widened exactly.
 
+    Row i begins at at[i], int64; if MASK, only rows with live[i] are read and the others are zero.
+
     An FP8 cache comes as words of four bytes (:func:`as_words`). The compiler lays out operands of ``mma.sync`` by the
     width of what was loaded (and by half of it where it sees ``tl.join``): from bytes it would permute the columns
     within a step, and so the order of a sum, which it does not for ``wgmma``. From words it keeps the order of both.
-
-    Args:
-        at: int64 [R], where each row begins.
-        live: bool [R], rows to read, if MASK; others are zero.
     """
     if p_cache.dtype.element_ty == tl.int32:
         d = tl.arange(0, DIM // 4)[None, :]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton.checks import check_device, check_float, on_device, power_of_two, row_strides
-from anyfp4.kernels.triton.elementary import rounded, sum_neighbours
+from anyfp4.kernels.triton.elementary import sum_neighbours
+from anyfp4.kernels.triton.numbers import rounded
 
 #: longest row that a program holds
 _MAX_K = 1 << 16

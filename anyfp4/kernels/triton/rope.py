@@ -14,9 +14,9 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device, power_of_two, row_strides
-from anyfp4.kernels.triton.elementary import rounded
 from anyfp4.kernels.triton.kv_cache import as_stored, check_caches, inverse_scale, to_cache
 from anyfp4.kernels.triton.norm import inverse_rms
+from anyfp4.kernels.triton.numbers import rounded
 
 #: elements of half heads that a program holds
 _TILE = 2048
