@@ -8,13 +8,14 @@ import torch
 
 from anyfp4.backends.base import Backend
 from anyfp4.backends.cpu import CpuBackend
+from anyfp4.backends.triton import TritonBackend
 from anyfp4.errors import BackendError
 
 REFERENCE = Backend()
 #: in order of preference, per device type; a new backend is added here and nowhere else
 PREFERENCE: dict[str, tuple[Backend, ...]] = {
     "cpu": (CpuBackend(), REFERENCE),
-    "cuda": (REFERENCE,),
+    "cuda": (TritonBackend(), REFERENCE),
 }
 
 

@@ -1,0 +1,191 @@
+"""The Triton backend: NVIDIA GPUs from Ampere on, and AMD's gfx942, gfx950 and gfx12.
+
+Products use the device's matrix units; every tile shape keeps one order over K (``kernels/triton/layout.py``), so the
+number of tokens never shows in the bits. With numerics="blackwell" W4A4 products have the CPU's bits.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyfp4 import envs
+from anyfp4.backends import triton_weights
+from anyfp4.backends.base import Backend, PreparedLinear
+from anyfp4.backends.triton_weights import TritonDense, TritonFP8, TritonNVFP4
+from anyfp4.device import architecture
+from anyfp4.errors import InvalidArgumentError
+from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.ops.attention import AttentionBatch
+from anyfp4.ops.linear import ACTIVATION_DTYPES
+
+_HALVES = (torch.float16, torch.bfloat16)
+#: from this many tokens on, dequantizing into memory costs less than unpacking for every tile of tokens
+_MANY = 257
+#: where the kernel for many tokens keeps the order over K of the others. With ``mma.sync`` and ``v_mfma`` the compiler
+#: permutes K within a step, by how an operand came to be, so that there one kernel serves all.
+_ONE_ORDER = ("sm_90", "sm_100", "sm_103")
+#: AMD's compiler may choose the instruction, and so K's grouping, by the tile's shape: one shape serves all
+_HIP_TOKENS = 64
+
+
+class TritonBackend(Backend):
+    """Kernels in Triton for NVIDIA and AMD GPUs."""
+
+    name = "triton"
+    description = "Triton kernels for NVIDIA (from Ampere on) and AMD GPUs"
+
+    def why_not(
+        self, device: torch.device, shape: tuple[int, int] | None = None, numerics: str = "native"
+    ) -> str | None:
+        """See :meth:`Backend.why_not`."""
+        del shape, numerics
+        if device.type != "cuda":
+            return f"does not run on {device.type} devices"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        arch = architecture(device)
+        if arch.startswith("sm_"):
+            return None if int(arch.removeprefix("sm_")) >= 80 else f"needs sm_80 or newer, this is {arch}"
+        known = arch in ("gfx942", "gfx950") or arch.startswith("gfx12")
+        return None if known else f"needs gfx942, gfx950 or gfx12, this is {arch}"
+
+    def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
+        """See :meth:`Backend.prepare`. NVFP4 and FP8 weights are repacked, dense ones kept."""
+        if numerics not in envs.NUMERICS:
+            raise InvalidArgumentError(f"numerics must be 'native' or 'blackwell', got {numerics!r}")
+        data: TritonNVFP4 | TritonFP8 | TritonDense
+        if isinstance(weight, NVFP4Weight):
+            data = triton_weights.prepare_nvfp4(weight, numerics)
+        elif isinstance(weight, FP8Weight):
+            data = triton_weights.prepare_fp8(weight)
+        else:
+            data = triton_weights.prepare_dense(weight)
+        return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(data), data)
+
+    def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
+        """See :func:`anyfp4.ops.linear.linear`."""
+        n, k = prepared.shape
+        data = prepared.data
+        if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1 or x.shape[-1] != k:
+            raise InvalidArgumentError(
+                f"x must be bfloat16, float16 or float32 [..., {k}], got {x.dtype} {list(x.shape)}"
+            )
+        out_dtype = out_dtype or x.dtype
+        if out_dtype not in ACTIVATION_DTYPES:
+            raise InvalidArgumentError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
+        rows = x.reshape(-1, k)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        if isinstance(data, TritonNVFP4):
+            y = self._nvfp4(rows, data, prepared.numerics, out_dtype)
+        elif isinstance(data, TritonFP8):
+            values, scale = _kernel("quantize_fp8").quantize_fp8(rows, data.input_scale)
+            y = self._packed(values.unsqueeze(0), data.packed, out_dtype, scale)
+        else:
+            y = self._dense(rows.contiguous(), data, out_dtype)
+        return y.view(*x.shape[:-1], n)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See :func:`anyfp4.ops.norm.rms_norm`."""
+        y: Tensor = _kernel("norm").rms_norm(x, weight, eps)
+        return y
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See :func:`anyfp4.ops.norm.add_rms_norm`."""
+        y, total = _kernel("norm").add_rms_norm(x, residual, weight, eps)
+        return y, total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.activation.silu_mul`."""
+        y: Tensor = _kernel("activation").silu_mul(gate_up)
+        return y
+
+    def apply_rope(self, x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.rope.apply_rope`."""
+        y: Tensor = _kernel("rope").apply_rope(x, positions, cos_sin)
+        return y
+
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """See :func:`anyfp4.ops.attention.write_kv`."""
+        _kernel("kv_cache").write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> Tensor:
+        """See :func:`anyfp4.ops.attention.attention`."""
+        options = {"scale": scale, "sliding_window": sliding_window, "k_scale": k_scale, "v_scale": v_scale}
+        y: Tensor = _kernel("attention").attention(q, k_cache, v_cache, batch, **options)
+        return y
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """See :func:`anyfp4.ops.sampling.log_softmax`."""
+        y: Tensor = _kernel("softmax").log_softmax(logits)
+        return y
+
+    def _nvfp4(self, x: Tensor, data: TritonNVFP4, numerics: str, out_dtype: torch.dtype) -> Tensor:
+        pre = None if data.pre_quant_scale is None else data.pre_quant_scale.to(x.dtype)
+        if not data.inverse_scales:
+            x = x if pre is None else x * pre
+            return self._packed(x.contiguous().unsqueeze(0), data.packed, out_dtype, None)
+        values, scale = _kernel("quantize").quantize_values(x, data.inverse_scales, pre)
+        if numerics == "blackwell":
+            y: Tensor = _kernel("linear_blackwell").blackwell_linear(values, scale, data.packed, out_dtype)
+            return y
+        return self._packed(values, data.packed, out_dtype, None)
+
+    def _packed(self, x: Tensor, packed: Any, out_dtype: torch.dtype, row: Tensor | None) -> Tensor:
+        y: Tensor
+        if x.dtype == torch.float32:
+            w = _kernel("gemm").dequantize(packed, 0, packed.alpha.shape[0], torch.float32)
+            y = _kernel("linear_dense").dense_linear(x[0], w, packed.alpha, packed.bias, out_dtype)
+        elif self._many(x, x.shape[1]):
+            y = _kernel("gemm").packed_gemm(x, packed, out_dtype, row)
+        else:
+            tokens = _HIP_TOKENS if torch.version.hip else None
+            y = _kernel("linear_packed").packed_linear(x, packed, out_dtype, row, tokens)
+        return y
+
+    def _dense(self, x: Tensor, data: TritonDense, out_dtype: torch.dtype) -> Tensor:
+        y: Tensor
+        if x.dtype == data.weight.dtype and x.shape[1] % 8 == 0 and self._many(x, x.shape[0]):
+            y = _kernel("gemm").dense_gemm(x.unsqueeze(0), data.weight, data.tiles, data.alpha, data.bias, out_dtype)
+        else:
+            tokens = _HIP_TOKENS if torch.version.hip else None
+            y = _kernel("linear_dense").dense_linear(x, data.weight, data.alpha, data.bias, out_dtype, tokens)
+        return y
+
+    @staticmethod
+    def _many(x: Tensor, tokens: int) -> bool:
+        if tokens < _MANY or x.dtype not in _HALVES:
+            return False
+        return architecture(x.device) in _ONE_ORDER
+
+
+def _kernel(name: str) -> Any:
+    """A module of kernels; importing it imports Triton."""
+    return import_module(f"anyfp4.kernels.triton.{name}")

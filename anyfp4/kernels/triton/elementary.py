@@ -1,0 +1,88 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+"""exp and log of ``ops/elementary.py``, and sums in an order that is written down.
+
+The order in which ``tl.sum`` adds depends on how a tile lies in registers, and that on its shape, the number of warps
+and even the alignment of a pointer. A sum over an axis of two has no order, so sums here are trees of such sums: the
+same bits wherever the compiler puts the elements, on every target, and in the interpreter.
+
+Kernels that use ``exp`` and ``log`` are launched with ``enable_fp_fusion=False``: their definition rounds each product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from anyfp4.ops import elementary
+
+_LOG2_E = tl.constexpr(elementary.LOG2_E)
+_LN2_HIGH, _LN2_LOW = tl.constexpr(elementary.LN2_HIGH), tl.constexpr(elementary.LN2_LOW)
+_EXP_MIN, _EXP_MAX = tl.constexpr(elementary.EXP_MIN), tl.constexpr(elementary.EXP_MAX)
+_EXP = tl.constexpr(elementary.EXP_COEFFICIENTS)
+_LOG = tl.constexpr(elementary.LOG_COEFFICIENTS)
+#: adding and subtracting it rounds a float64 below 2⁵¹ to an integer, ties to even
+_ROUND = tl.constexpr(1.5 * 2.0**52)
+
+#: a row's sum has at most 2 to the power of this many terms
+_LEVELS = tl.constexpr(20)
+
+
+@triton.jit
+def exp(x):
+    """eˣ of a float32 tensor, bit for bit as ``ops.elementary.exp``."""
+    # comparisons keep NaN, where min and max would drop it
+    x = tl.where(x < _EXP_MIN, _EXP_MIN, tl.where(x > _EXP_MAX, _EXP_MAX, x)).to(tl.float64)
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = tl.zeros_like(r) + _EXP[0]
+    for i in tl.static_range(1, 10):
+        p = p * r + _EXP[i]
+    # the low bits of the shifted number are those of n
+    power = (shifted.to(tl.int64, bitcast=True) + 1023) << 52
+    return (p * power.to(tl.float64, bitcast=True)).to(tl.float32)
+
+
+@triton.jit
+def log(x):
+    """ln x of a float32 tensor, bit for bit as ``ops.elementary.log`` for x ≥ 0 and NaN."""
+    bits = x.to(tl.float64).to(tl.int64, bitcast=True)
+    exponent = ((bits >> 52) & 0x7FF) - 1023
+    m = ((bits & 0xFFFFFFFFFFFFF) | (1023 << 52)).to(tl.float64, bitcast=True)
+    high = m > 1.4142135623730951
+    m = tl.where(high, m * 0.5, m)
+    e = (exponent + high.to(tl.int64)).to(tl.float64)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    p = tl.zeros_like(s) + _LOG[0]
+    for i in tl.static_range(1, 8):
+        p = p * z + _LOG[i]
+    result = (e * _LN2_HIGH + (e * _LN2_LOW + s * p)).to(tl.float32)
+    result = tl.where(x == 0.0, -float("inf"), result)
+    return tl.where((x == x) & (x != float("inf")), result, x)
+
+
+@triton.jit
+def sum_neighbours(x):
+    """The sum of each row of x [R, N], N a power of two, as [R]: neighbours are added, then neighbouring sums, ….
+
+    Cheap where a thread holds neighbours and warps lie side by side, as after a plain load.
+    """
+    R: tl.constexpr = x.shape[0]
+    for _ in tl.static_range(_LEVELS):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (R, x.shape[1] // 2, 2)), axis=2)
+    return tl.reshape(x, (R,))
+
+
+@triton.jit
+def sum_halves(x):
+    """The sum of each row of x [R, N], N a power of two, as [R]: the halves are added, then the halves of that, ….
+
+    Cheap for the result of ``tl.dot``, whose threads hold columns far apart.
+    """
+    R: tl.constexpr = x.shape[0]
+    for _ in tl.static_range(_LEVELS):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (R, 2, x.shape[1] // 2)), axis=1)
+    return tl.reshape(x, (R,))

@@ -1,0 +1,67 @@
+"""Every linear kernel compiles for every family of GPUs, to machine code with the matrix instructions meant there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+TARGETS = {
+    ("cuda", "80"): "mma.sync",
+    ("cuda", "90"): "wgmma.mma_async",
+    ("cuda", "100"): "tcgen05.mma",
+    ("hip", "gfx942"): "v_mfma",
+    ("hip", "gfx950"): "v_mfma",
+}
+PRODUCTS = ("packed", "packed, 64 tokens", "weight-only", "fp8", "dense", "gemm", "gemm, 3 segments")
+
+
+@cache
+def built(backend: str, arch: str) -> dict[str, dict[str, int]]:
+    """What ``compiling.py`` says; in a process of its own, as this one interprets kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels_triton.compiling", backend, arch],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("backend", "arch"), TARGETS, ids=str)
+def test_matrix_instructions(backend: str, arch: str) -> None:
+    for name, found in built(backend, arch).items():
+        assert found["cubin" if backend == "cuda" else "hsaco"] > 0, name
+        if name in PRODUCTS:
+            assert found.get(TARGETS[backend, arch], 0) > 0, f"{name} for {arch}: {found}"
+    # blocks of 16 columns and small tiles: the older instruction on NVIDIA
+    blackwell = built(backend, arch)["blackwell"]
+    assert blackwell.get("mma.sync" if backend == "cuda" else "v_mfma", 0) > 0
+
+
+def test_k_is_in_order_on_a_hopper() -> None:
+    """Operands in registers hold two neighbours of K: the compiler has not permuted columns within a step."""
+    for name in PRODUCTS:
+        widths = {w for w in built("cuda", "90")[name] if w.startswith("kWidth")}
+        assert widths <= {"kWidth 2"}, f"{name}: {widths}"
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_nothing_is_fused(arch: str) -> None:
+    """The quantization and the epilogue round each operation."""
+    for name in ("quantize", "quantize, packed", "quantize_fp8", "add_segments", "packed", "gemm"):
+        assert built("cuda", arch)[name]["fma"] == 0, name
+
+
+@pytest.mark.parametrize(("backend", "arch"), TARGETS, ids=str)
+def test_float32_stays_float32(backend: str, arch: str) -> None:
+    for name, found in built(backend, arch).items():
+        assert not found.get("tf32"), name
