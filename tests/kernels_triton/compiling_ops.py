@@ -16,14 +16,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anyfp4.kernels.triton import activation, attention, kv_cache, norm, rope, softmax
+from anyfp4.kernels.triton import activation, attention, fused, kv_cache, norm, rope, softmax
 from tests.kernels_triton.compiling import INSTRUCTIONS
 
 #: pointers that are not to bfloat16
 POINTERS = {
     "p_positions": "*i64", "p_slots": "*i64", "p_ids": "*i64", "p_keys": "*i64", "p_start": "*i32", "p_length": "*i32",
     "p_table": "*i32", "p_cos_sin": "*fp32", "p_m": "*fp32", "p_mass": "*fp32", "p_acc": "*fp32", "p_best": "*fp32",
-    "p_sums": "*fp64",
+    "p_sums": "*fp64", "p_g": "*fp32", "p_values": "*fp16", "p_scale": "*u8",
 }  # fmt: skip
 FLOATS = ("eps", "scale", "v_scale", "k_inverse", "v_inverse")
 LOGITS = {"p_x": "*fp32", "p_y": "*fp32"}
@@ -37,6 +37,12 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
     "rms_norm": (norm._rms_norm, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128}),
     "add_rms_norm": (norm._rms_norm, {"p_weight": "*fp32"}, {"ADD": True, "ROWS": 1, "BLOCK": 4096}),
     "silu_mul": (activation._silu_mul, {}, {"BLOCK": 1024}),
+    "norm_quantize": (fused._norm_quantize, {}, {"ADD": True, "ROWS": 1, "BLOCK": 4096, "SCALES": 2}),
+    # an argument of 1 becomes a constant
+    "norm_quantize, 1 row": (
+        fused._norm_quantize, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128, "SCALES": 1, "rows": 1},
+    ),
+    "silu_mul_quantize": (fused._silu_mul_quantize, {}, {"BLOCK": 1024, "SCALES": 1}),
     "rope": (rope._apply_rope, {}, {"HEADS": 32, "BLOCK": 64}),
     "rope_and_write": (rope._rope_and_write, {}, {"NORM": True, "HEADS": 16, "BLOCK": 64}),
     "rope_and_write, fp8": (rope._rope_and_write, FP8, {"NORM": False, "HEADS": 16, "BLOCK": 64}),

@@ -21,7 +21,7 @@ TARGETS = {
 ATTENTION = ("attention", "attention, fp8", "attention, heads of 80", "attention, fp32")
 EACH_ROUNDED = (
     "rms_norm", "add_rms_norm", "silu_mul", "rope", "rope_and_write", "rope_and_write, fp8", "write_kv, fp8",
-    "sum of pieces", "log_softmax", "merge splits",
+    "sum of pieces", "log_softmax", "merge splits", "norm_quantize", "silu_mul_quantize",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from anyfp4.kernels.triton.elementary import sum_neighbours
 from anyfp4.kernels.triton.numbers import rounded
 
 #: longest row that a program holds
-_MAX_K = 1 << 16
+MAX_K = 1 << 16
 
 
 @triton.jit
@@ -88,9 +88,9 @@ def _check(x: Tensor, weight: Tensor) -> None:
     check_float("x", x)
     check_float("weight", weight)
     check_device(x=x, weight=weight)
-    if x.dim() == 0 or weight.shape != x.shape[-1:] or not 0 < weight.shape[0] <= _MAX_K:
+    if x.dim() == 0 or weight.shape != x.shape[-1:] or not 0 < weight.shape[0] <= MAX_K:
         raise InvalidArgumentError(
-            f"weight must be [{x.shape[-1] if x.dim() else 'K'}] with 1 to {_MAX_K} elements, got {list(weight.shape)}"
+            f"weight must be [{x.shape[-1] if x.dim() else 'K'}] with 1 to {MAX_K} elements, got {list(weight.shape)}"
         )
 
 
