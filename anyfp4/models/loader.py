@@ -85,7 +85,8 @@ class _Loader:
         self.ops = registry.select(device, numerics=numerics, requested=backend)
         if backend == "auto" and self.ops is registry.REFERENCE:
             rows = registry.table(device, numerics=numerics)
-            reasons = "; ".join(f"{r.name}: {r.reason}" for r in rows if not r.chosen)
+            candidates = {b.name for b in registry.PREFERENCE[device.type]}
+            reasons = "; ".join(f"{r.name}: {r.reason}" for r in rows if r.name in candidates and not r.chosen)
             _LOG.warning("running on the reference backend, which is slow (%s)", reasons)
         self.done = 0
 
