@@ -57,9 +57,14 @@ class TritonBackend(Backend):
         return None if known else f"needs gfx942, gfx950 or gfx12, this is {arch}"
 
     def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
-        """See :meth:`Backend.prepare`. NVFP4 and FP8 weights are repacked, dense ones kept."""
+        """See :meth:`Backend.prepare`. NVFP4 and FP8 weights are repacked, dense ones kept.
+
+        FP8 weights that are block-wise or weight-only have no kernel here; they run as in the reference.
+        """
         if numerics not in envs.NUMERICS:
             raise InvalidArgumentError(f"numerics must be 'native' or 'blackwell', got {numerics!r}")
+        if isinstance(weight, FP8Weight) and (weight.block_wise or weight.weight_only):
+            return super().prepare(weight, numerics)
         data: TritonNVFP4 | TritonFP8 | TritonDense
         if isinstance(weight, NVFP4Weight):
             data = triton_weights.prepare_nvfp4(weight, numerics)
@@ -73,6 +78,8 @@ class TritonBackend(Backend):
         """See :func:`anyfp4.ops.linear.linear`."""
         n, k = prepared.shape
         data = prepared.data
+        if isinstance(data, FP8Weight):
+            return super().linear(x, prepared, out_dtype)
         if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1 or x.shape[-1] != k:
             raise InvalidArgumentError(
                 f"x must be bfloat16, float16 or float32 [..., {k}], got {x.dtype} {list(x.shape)}"
