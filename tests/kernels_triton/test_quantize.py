@@ -7,7 +7,10 @@ import torch
 
 from anyfp4.formats import e2m1, e4m3
 from anyfp4.formats.nvfp4 import dequantize_blocks, quantize_blocks
+from anyfp4.formats.weights import FP8Weight
 from anyfp4.kernels.triton.quantize import quantize_packed, quantize_values
+from anyfp4.kernels.triton.quantize_fp8 import quantize_fp8
+from anyfp4.ops.linear import linear
 from anyfp4.testing.bitwise import assert_same_bits
 
 # the interpreter is numpy, which warns of 1/0 and of infinity × 0
@@ -108,3 +111,15 @@ def test_range_of_the_formats() -> None:
     """The largest product must stay finite in float16, and the smallest must not be lost."""
     assert torch.tensor(e2m1.MAX * e4m3.MAX).half().item() == e2m1.MAX * e4m3.MAX
     assert torch.tensor(0.5 * 2.0**-9).half().item() == 2.0**-10
+
+
+def test_dynamic_fp8_of_tiny_and_ordinary_rows(device: torch.device) -> None:
+    """Times the identity, the reference shows code × scale; below 2⁻¹¹⁷ a row's scale is 1 and its codes are 0."""
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    x[1:] *= torch.tensor([0.0, 2.0**-130, 2.0**-118, 2.0**-117, 2.0**-116, 2.0**-60, 2.0**60])[:, None]
+    x[3] = 2.0**-117  # the least amax that has a scale of its own
+    x[4] = 2.0**-117 - 2.0**-141  # and the number below it
+    values, scale = quantize_fp8(x.to(device), None)
+    shown = linear(x, FP8Weight(torch.eye(64).to(torch.float8_e4m3fn), torch.ones(1)))
+    assert scale[4].item() == 1.0 and scale[3].item() == (torch.tensor(2.0**-117) / 448).item()
+    assert_same_bits((values.float() * scale[:, None]).cpu() + 0.0, shown)

@@ -25,7 +25,8 @@ def _quantize_fp8(p_x, p_scale, p_out, p_row, K, x_stride, STATIC: tl.constexpr,
             x = float32_of(tl.load(p_x + row * x_stride + start + i, mask=start + i < K, other=0.0))
             largest = tl.maximum(largest, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-        scale = tl.where(amax == 0.0, 1.0, tl.div_rn(amax, amax * 0.0 + 448.0))
+        # 2^-117, as in ops/linear.py: below it the reciprocal would not be finite
+        scale = tl.where(amax < 6.018531076210112e-36, 1.0, tl.div_rn(amax, amax * 0.0 + 448.0))
         scale = tl.where(amax == float("inf"), amax, scale)
     tl.store(p_row + row, scale)
     inverse = tl.div_rn(scale * 0.0 + 1.0, scale)
@@ -44,7 +45,7 @@ def quantize_fp8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Args:
         x: [M, K] bfloat16, float16 or float32, rows of unit stride.
-        scale: float32 [1]; None takes amax / 448 of each row (1 for a row of zeros).
+        scale: float32 [1]; None takes amax / 448 of each row (1 where amax < 2⁻¹¹⁷).
 
     Returns:
         (float16 [M, K], float32 [M]).
