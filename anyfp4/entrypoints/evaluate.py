@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text as RichText
 
 from anyfp4 import envs
 from anyfp4.engine.config import EngineConfig
-from anyfp4.entrypoints.console import byte_progress, stderr, stdout
+from anyfp4.entrypoints.console import byte_progress, stderr, stdout, step_progress
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.llm import LLM
 from anyfp4.tools import evaluate_report, report, report_svg
@@ -70,7 +68,7 @@ def run(options: Options) -> None:
         raise InvalidArgumentError(f"--text {options.text}: {len(tokens)} tokens; at least 2 are needed")
     context = _context(options, [llm] if other is None else [llm, other])
     comparison = None
-    with _bar("tokens") as advance:
+    with step_progress("reading", "tokens") as advance:
         if other is None:
             score = evaluate(llm.engine.model, tokens, context=context, progress=advance)
         else:
@@ -168,24 +166,6 @@ def _subject(llm: LLM, numerics: str | None) -> Subject:
     model = llm.engine.model
     dtype = str(model.config.dtype).removeprefix("torch.")
     return Subject(llm.model, numerics or envs.read().numerics, dtype, model.ops.name)
-
-
-@contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that disappears when done. Only on a terminal."""
-    with Progress(
-        TextColumn("reading"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _show(e: Evaluation, options: Options) -> None:

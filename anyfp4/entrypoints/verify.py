@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from anyfp4 import envs
 from anyfp4.engine.config import EngineConfig
-from anyfp4.entrypoints.console import byte_progress, stderr, stdout
+from anyfp4.entrypoints.console import byte_progress, stderr, stdout, step_progress
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.llm import LLM
 from anyfp4.models.decoder import Decoder
@@ -120,7 +118,7 @@ def run(options: Options) -> int:
         if options.layers:
             _check_layers(model, options.seed, threads, checks)
         verifier = Verifier(model, tuple(llm.engine.eos), longest)
-        with _bar("trials") as advance:
+        with step_progress("starting", "trials") as advance:
             verify(verifier, schedules, proof, total=total, shrink_seconds=options.shrink_seconds, progress=advance)
     except KeyboardInterrupt:
         proof.interrupted = True  # what was compared so far is still worth showing
@@ -178,29 +176,11 @@ def _schedules(plan: Plan, count: int) -> Iterator[Schedule]:
 
 
 def _check_layers(model: Decoder, seed: int, threads: Sequence[int], checks: list[OpCheck]) -> None:
-    with _bar("layers") as advance:
+    with step_progress("starting", "layers") as advance:
         for check in check_layers(
             model, seed=seed, threads=threads, progress=lambda done, total: advance(done, total, "op by op")
         ):
             checks.append(check)
-
-
-@contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr that disappears when done. Only on a terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-    ) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
 def _finish(proof: Proof, checks: Sequence[OpCheck], setting: Setting, options: Options) -> int:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-
 import pytest
+
+from tests.kernels_triton.child import run_compiler
 
 #: instruction of large programs, and of small ones; bytes of shared memory that a program may take
 TARGETS = {
@@ -25,20 +21,9 @@ EACH_ROUNDED = (
 )  # fmt: skip
 
 
-@cache
 def built(backend: str, arch: str) -> dict[str, dict[str, int]]:
-    """What ``compiling_ops.py`` says; in a process of its own, as this one interprets kernels."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels_triton.compiling_ops", backend, arch],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What ``compiling_ops.py`` says."""
+    return run_compiler("compiling_ops", backend, arch)
 
 
 @pytest.mark.parametrize(("backend", "arch"), TARGETS, ids=str)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyfp4 import LLM, EngineConfig, SamplingParams
-from anyfp4.entrypoints import cli
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.models.decoder import Decoder
 from anyfp4.testing.bitwise import assert_same_bits
@@ -212,20 +209,6 @@ def test_a_nan_is_an_error(llm: LLM, tokens: list[int]) -> None:
 
 
 # --- the command
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anyfp4", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            sys.exit(0)
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

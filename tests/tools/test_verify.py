@@ -8,7 +8,7 @@ import random
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from anyfp4 import LLM, EngineConfig, SamplingParams
 from anyfp4.backends.base import Backend
 from anyfp4.engine.model_runner import ModelRunner
 from anyfp4.engine.outputs import Logprob
-from anyfp4.entrypoints import cli
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.tools.schedules import Arrival, Plan, Request, Schedule, from_json
 from anyfp4.tools.verify import Proof, Verifier, verify
@@ -36,20 +35,6 @@ PLAN = Plan(vocab_size=261, max_prompt=60, max_tokens=12, batch_sizes=(1, 3, 8),
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> LLM:
     return LLM(tiny_model, config=EngineConfig(max_num_seqs=1))
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anyfp4", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            sys.exit(0)
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 # --- schedules
