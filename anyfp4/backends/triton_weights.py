@@ -21,12 +21,12 @@ class TritonNVFP4:
 
     Attributes:
         packed: ``kernels.triton.linear_packed.Packed`` or, for numerics="blackwell", ``linear_blackwell.Blocks``.
-        inverse_scales: float32 [1] each: 1 / input global_scale of each quantization; none if weight-only.
+        inverse_scales: float32 [Q]: 1 / input global_scale of each quantization; Q = 0 if weight-only.
         pre_quant_scale: [K] or None.
     """
 
     packed: Any
-    inverse_scales: tuple[Tensor, ...]
+    inverse_scales: Tensor
     pre_quant_scale: Tensor | None
 
 
@@ -48,13 +48,14 @@ class TritonDense:
     bias: Tensor | None
 
 
-def _kernel(name: str) -> Any:
+def kernel(name: str) -> Any:
+    """A module of kernels; importing it imports Triton."""
     return import_module(f"anyfp4.kernels.triton.{name}")
 
 
 def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     """Codes and scales in words; what is rare is folded in here, so that kernels need not look for it."""
-    layout = _kernel("layout")
+    layout = kernel("layout")
     tensor, k = weight.weight, weight.shape[1]
     scale = tensor.block_scale.view(torch.uint8)
     nan = ((scale & 0x7F) == e4m3.NAN).any(dim=1)
@@ -64,7 +65,7 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     magnitude = (scale & 0x7F).masked_fill(nan[:, None], 0)
     bias = _float(weight.bias)
     if numerics == "blackwell" and not weight.weight_only:
-        blackwell = _kernel("linear_blackwell")
+        blackwell = kernel("linear_blackwell")
         words = layout.pack_codes(tensor.packed, blackwell.WORDS)
         tiles = layout.cut(runs, blackwell.TILE, tensor.device)
         packed = blackwell.Blocks(
@@ -80,7 +81,7 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
 
 def prepare_fp8(weight: FP8Weight) -> TritonFP8:
     """The bytes in words."""
-    layout = _kernel("layout")
+    layout = kernel("layout")
     n, k = weight.shape
     data = weight.weight.view(torch.uint8)
     nan = (data & 0x7F) == e4m3.NAN
@@ -93,7 +94,7 @@ def prepare_dense(weight: DenseWeight) -> TritonDense:
     """As it is."""
     n, _ = weight.shape
     w = weight.weight.contiguous()
-    tiles = _kernel("layout").cut([(n, 0)], _kernel("gemm").BN, w.device)
+    tiles = kernel("layout").cut([(n, 0)], kernel("gemm").BN, w.device)
     return TritonDense(w, tiles, torch.ones(n, device=w.device), _float(weight.bias))
 
 
@@ -101,16 +102,16 @@ def _packed(
     words: Tensor, scales: Tensor | None, subnormal: bool, runs: list[tuple[int, int]], k: int, alpha: Tensor,
     bias: Tensor | None,
 ) -> Any:  # fmt: skip
-    layout, linear, gemm = _kernel("layout"), _kernel("linear_packed"), _kernel("gemm")
+    layout, linear, gemm = kernel("layout"), kernel("linear_packed"), kernel("gemm")
     tiles, large = (layout.cut(runs, rows, words.device) for rows in (linear.TILE, gemm.BN))
     return linear.Packed(words, scales, subnormal, tiles, large, k, alpha, bias)
 
 
-def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
+def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], Tensor]:
     """(rows, index of the input scale) of each run of shards, and 1 / each distinct input scale."""
     sizes = weight.weight.shard_sizes
     if weight.input_global_scale is None:
-        return [(sum(sizes), 0)], ()
+        return [(sum(sizes), 0)], torch.empty(0, dtype=torch.float32, device=weight.weight.device)
     distinct: list[float] = []
     runs: list[tuple[int, int]] = []
     for size, value in zip(sizes, weight.input_global_scale.tolist(), strict=True):
@@ -121,10 +122,8 @@ def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], tuple[Tensor, ...
             runs[-1] = (runs[-1][0] + size, index)
         else:
             runs.append((size, index))
-    device = weight.weight.device
     # the division is the reference's: float32, on the CPU
-    scales = 1.0 / torch.tensor(distinct, dtype=torch.float32)
-    return runs, tuple(s.reshape(1).to(device) for s in scales)
+    return runs, (1.0 / torch.tensor(distinct, dtype=torch.float32)).to(weight.weight.device)
 
 
 def _signed_codes(packed: Tensor, scale: Tensor) -> Tensor:
