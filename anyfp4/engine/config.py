@@ -115,6 +115,7 @@ class EngineConfig:
         kv_cache_bytes: of the KV cache; None: a quarter of the machine's memory, or what ``max_num_seqs`` sequences of
             ``max_model_len`` tokens need, if that is less.
         enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
+        cuda_graphs: launch decode steps as CUDA graphs; None: where the device and the model's layers can.
     """
 
     max_model_len: int | None = None
@@ -123,6 +124,7 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_bytes: int | None = None
     enable_prefix_caching: bool = True
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size", "kv_cache_bytes"):

@@ -1,64 +1,89 @@
-"""Turns a scheduled step into tensors, runs the model, and hands back the logits of the rows that need them."""
+"""Runs the model on a scheduled step, and hands back the logits of the rows that need them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from anyfp4.engine.graphs import DecodeGraphs
+from anyfp4.engine.inputs import StepInputs, gather
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
-from anyfp4.ops.attention import AttentionBatch
 
 #: rows of logits that are held at a time
 LOGITS_TILE = 64
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a step computed; from a CUDA graph, it lives until the next step.
+
+    Attributes:
+        hidden: [T, hidden].
+        logits: float32 [T, V], if a graph computed them too.
+        best: (ids, values) [T] of the largest logits, if the graph found them.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None = None
+    best: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits of some rows of a step.
+
+    Attributes:
+        rows: which.
+        values: float32 [len(rows), V].
+        best: (ids, values) [len(rows)] of the largest, if they are known.
+    """
+
+    rows: SequenceOf[int]
+    values: Tensor
+    best: tuple[Tensor, Tensor] | None = None
+
+
 class ModelRunner:
     """Runs the model over the paged cache."""
 
-    def __init__(self, model: Decoder, caches: SequenceOf[LayerCache], block_size: int) -> None:
-        self.model, self.caches, self.block_size = model, caches, block_size
+    def __init__(
+        self,
+        model: Decoder,
+        caches: SequenceOf[LayerCache],
+        block_size: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self.model, self.caches, self.block_size, self.graphs = model, caches, block_size, graphs
 
-    def run(self, step: SequenceOf[Scheduled]) -> Tensor:
-        """Runs a step and returns the hidden states of all its tokens: [T, hidden]."""
-        tokens, positions, batch = self.inputs(step)
-        return self.model.forward(tokens, positions, self.caches, batch)
+    def run(self, step: SequenceOf[Scheduled]) -> Computed:
+        """Runs all tokens of a step."""
+        inputs = self.inputs(step)
+        if self.graphs is not None and self.graphs.covers(inputs):
+            return Computed(*self.graphs.run(inputs))
+        tokens, positions, batch = inputs.on(self.model.device)
+        return Computed(self.model.forward(tokens, positions, self.caches, batch))
 
-    def inputs(self, step: SequenceOf[Scheduled]) -> tuple[Tensor, Tensor, AttentionBatch]:
-        """A step's tokens (int64 [T]), their positions (int64 [T]), and which belongs to which sequence."""
-        counts = np.array([item.count for item in step], dtype=np.int64)
-        first = np.array([item.start for item in step], dtype=np.int64)
-        starts = np.zeros(len(step) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
-        owner = np.repeat(np.arange(len(step)), counts)  # [T]: which item of the step each token belongs to
-        positions = np.arange(starts[-1]) - starts[owner] + first[owner]
+    def inputs(self, step: SequenceOf[Scheduled]) -> StepInputs:
+        """A step's tokens, their positions, and which belongs to which sequence."""
+        return gather(step, self.block_size)
 
-        table = np.zeros((len(step), max(len(item.sequence.blocks) for item in step)), dtype=np.int32)
-        tokens: list[int] = []
-        for row, item in zip(table, step, strict=True):
-            blocks = item.sequence.blocks
-            row[: len(blocks)] = np.frombuffer(blocks, dtype=np.int32)
-            tokens += item.sequence.tokens[item.start : item.start + item.count]
-        slots = table[owner, positions // self.block_size] * np.int64(self.block_size) + positions % self.block_size
-
-        batch = AttentionBatch(
-            query_start=self._tensor(starts.astype(np.int32)),
-            context_len=self._tensor((first + counts).astype(np.int32)),
-            block_table=self._tensor(table),
-            slots=self._tensor(slots),
-        )
-        return self._tensor(np.array(tokens, dtype=np.int64)), self._tensor(positions), batch
-
-    def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64]]) -> Tensor:
-        return torch.from_numpy(values).to(self.model.device)
-
-    def logits(self, hidden: Tensor, rows: SequenceOf[int]) -> Iterator[tuple[SequenceOf[int], Tensor]]:
-        """The logits of some rows of ``hidden``, a tile at a time: (rows, float32 [len(rows), vocab])."""
+    def logits(self, computed: Computed, rows: SequenceOf[int]) -> Iterator[Logits]:
+        """The logits of some rows of a step, some at a time."""
+        if computed.logits is not None:
+            whole = len(rows) == computed.logits.shape[0]
+            values = computed.logits if whole else computed.logits[self._index(rows)]
+            if rows:
+                yield Logits(rows, values, computed.best if whole else None)
+            return
         for i in range(0, len(rows), LOGITS_TILE):
             tile = rows[i : i + LOGITS_TILE]
-            yield tile, self.model.logits(hidden[torch.tensor(tile, device=hidden.device)])
+            yield Logits(tile, self.model.logits(computed.hidden[self._index(tile)]))
+
+    def _index(self, rows: SequenceOf[int]) -> Tensor:
+        return torch.tensor(rows, device=self.model.device)
