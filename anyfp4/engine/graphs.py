@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,11 +41,19 @@ def why_no_graphs(model: Decoder) -> str | None:
     return None
 
 
+class Replays(Protocol):
+    """A captured graph."""
+
+    def replay(self) -> None:
+        """Runs it again."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Graph:
     """A captured step and where it leaves its results: hidden [P, H], logits float32 [P, V], best (ids, values) [P]."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Replays
     hidden: Tensor
     logits: Tensor
     best: tuple[Tensor, Tensor] | None
@@ -74,7 +83,7 @@ class DecodeGraphs:
         self._host_views, self._views = self._layout.views(self._host), self._layout.views(self._device)
         self._starts = torch.arange(most + 1, dtype=torch.int32, device=model.device)
         self._graphs: dict[int, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def capture_all(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Captures every size now, the largest first, so that the others share its memory.
@@ -108,9 +117,9 @@ class DecodeGraphs:
 
     def _fill(self, inputs: StepInputs, size: int) -> None:
         count, views = inputs.sequences, self._host_views
-        for name in ("tokens", "positions", "slots", "context_len"):
+        for name, padding in _PADDING.items():
             views[name][:count] = torch.from_numpy(getattr(inputs, name))
-            views[name][count:size] = _PADDING[name]
+            views[name][count:size] = padding
         table = torch.from_numpy(inputs.block_table)
         views["block_table"][:count, : table.shape[1]] = table
         used = self._layout.used(count)
@@ -122,11 +131,9 @@ class DecodeGraphs:
             self._graphs[size] = self._capture(size)
         return self._graphs[size]
 
-    def _capture(self, size: int) -> _Graph:
-        _LOG.debug("capturing the decode step of %d sequences", size)
+    def _step(self, size: int) -> Callable[[], tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
+        """What a graph of ``size`` sequences does: the model on the first rows of the inputs."""
         views = self._views
-        for name in ("tokens", "positions", "slots", "context_len"):
-            views[name][:size] = _PADDING[name]
         batch = AttentionBatch(
             query_start=self._starts[: size + 1],
             context_len=views["context_len"][:size],
@@ -139,11 +146,19 @@ class DecodeGraphs:
             logits = self.model.logits(hidden)
             return hidden, logits, self.model.ops.greedy(logits)
 
+        return step
+
+    def _capture(self, size: int) -> _Graph:
+        _LOG.debug("capturing the decode step of %d sequences", size)
+        for name, value in _PADDING.items():
+            self._views[name][:size] = value
+        step = self._step(size)
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
         with torch.cuda.stream(stream):
             step()  # compiles what was never launched before; that must not happen while capturing
         stream.synchronize()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             results = step()

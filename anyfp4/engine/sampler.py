@@ -81,7 +81,9 @@ class _Edits:
     def add(self, row: int, columns: npt.ArrayLike, values: npt.ArrayLike) -> None:
         """Elements of one row; one number for all of them, or one for each."""
         ids = np.asarray(columns, dtype=np.int64)
-        self._parts.append((np.full_like(ids, row), ids, np.broadcast_to(np.asarray(values, dtype=np.float32), ids.shape)))
+        self._parts.append(
+            (np.full_like(ids, row), ids, np.broadcast_to(np.asarray(values, dtype=np.float32), ids.shape))
+        )
 
     def apply(self, logits: Tensor, edit: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Puts edit(old element, its number) in the place of every element."""
