@@ -128,6 +128,9 @@ class DecodeGraphs:
 
     def _graph(self, size: int) -> _Graph:
         if size not in self._graphs:
+            # what runs before the first replay stores nothing
+            for name, padding in _PADDING.items():
+                self._views[name][:size] = padding
             self._graphs[size] = self._capture(size)
         return self._graphs[size]
 
@@ -150,8 +153,6 @@ class DecodeGraphs:
 
     def _capture(self, size: int) -> _Graph:
         _LOG.debug("capturing the decode step of %d sequences", size)
-        for name, value in _PADDING.items():
-            self._views[name][:size] = value
         step = self._step(size)
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
