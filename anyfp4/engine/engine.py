@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -79,6 +79,26 @@ class Engine:
         blocks = min(-(-self.max_model_len // config.block_size), self.scheduler.num_blocks)
         sequences = min(config.max_num_seqs, config.max_step_tokens)
         return DecodeGraphs(self.model, caches, config.block_size, sequences, blocks)
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Runs what the first requests would wait for: compiling kernels, capturing graphs. Nothing is stored.
+
+        Without it, all of that happens when it is first needed.
+
+        Args:
+            progress: called with (steps done, steps in all).
+        """
+        if self.model.device.type != "cuda":
+            return
+        say = progress or (lambda done, total: None)
+        prompts = self.runner.padding_sizes(self.config.max_step_tokens)
+        graphs = len(self.graphs.sizes) if self.graphs is not None else 0
+        with self.model.ops.quiet():
+            for done, tokens in enumerate(prompts, start=1):
+                self.runner.run_padding(tokens)
+                say(done, len(prompts) + graphs)
+            if self.graphs is not None:
+                self.graphs.capture_all(lambda done, total: say(len(prompts) + done, len(prompts) + total))
 
     def check(self, tokens: SequenceOf[int], params: SamplingParams) -> int:
         """Refuses a prompt that cannot run; safe to call from any thread.

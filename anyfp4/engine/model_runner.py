@@ -14,6 +14,7 @@ from anyfp4.engine.inputs import StepInputs, gather
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
+from anyfp4.ops.attention import AttentionBatch
 
 #: rows of logits that are held at a time
 LOGITS_TILE = 64
@@ -68,6 +69,22 @@ class ModelRunner:
             return Computed(*self.graphs.run(inputs))
         tokens, positions, batch = inputs.on(self.model.device)
         return Computed(self.model.forward(tokens, positions, self.caches, batch))
+
+    def padding_sizes(self, most: int) -> list[int]:
+        """Numbers of tokens, up to ``most``, that between them use every kernel which a prompt can."""
+        return sorted({min(most, tokens) for tokens in (2, 16, 48, 128, 512, most)})
+
+    def run_padding(self, tokens: int) -> None:
+        """Runs one sequence of so many tokens that are stored nowhere and see no keys."""
+        device, places = self.model.device, torch.arange(tokens)
+        batch = AttentionBatch(
+            query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+            context_len=torch.zeros(1, dtype=torch.int32, device=device),
+            block_table=torch.zeros((1, 1), dtype=torch.int32, device=device),
+            slots=torch.full((tokens,), -1, device=device),
+        )
+        positions = (places % self.model.cos_sin.shape[0]).to(device)
+        self.model.logits(self.model.forward(torch.zeros_like(positions), positions, self.caches, batch)[:1])
 
     def inputs(self, step: SequenceOf[Scheduled]) -> StepInputs:
         """A step's tokens, their positions, and which belongs to which sequence."""

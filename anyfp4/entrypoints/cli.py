@@ -345,6 +345,13 @@ def serve(
         float | None, typer.Option(help="Memory of the KV cache in GiB.  [default: from what the machine has]")
     ] = None,
     prefix_caching: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Launch decode steps as CUDA graphs.  [default: where the device and the model can]",
+        ),
+    ] = None,
     revision: RevisionOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page. SIGTERM finishes what runs and exits with 0."""
@@ -364,6 +371,7 @@ def serve(
             block_size=block_size,
             kv_cache_gib=kv_cache_gib,
             prefix_caching=prefix_caching,
+            cuda_graphs=cuda_graphs,
             host=host,
             port=port,
             served_model_name=served_model_name,

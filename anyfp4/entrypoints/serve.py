@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from anyfp4 import envs
 from anyfp4.engine.config import EngineConfig
-from anyfp4.entrypoints.console import byte_progress
+from anyfp4.entrypoints.console import byte_progress, step_progress
 from anyfp4.entrypoints.server.config import ServerConfig
 from anyfp4.errors import InvalidArgumentError, UnsupportedError
 
@@ -30,6 +30,7 @@ class Options:
     block_size: int
     kv_cache_gib: float | None
     prefix_caching: bool
+    cuda_graphs: bool | None
     host: str
     port: int
     served_model_name: str | None
@@ -55,6 +56,7 @@ class Options:
             block_size=self.block_size,
             kv_cache_bytes=None if gib is None else int(gib * 2**30),
             enable_prefix_caching=self.prefix_caching,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def server(self) -> ServerConfig:
@@ -104,4 +106,6 @@ def run(options: Options) -> None:
             config=engine,
             progress=progress,
         )
+    with step_progress("preparing kernels", "steps") as advance:
+        llm.engine.warm_up(advance)
     serving.run(llm, server, bound, f"numerics {options.numerics or envs.read().numerics}")
