@@ -115,7 +115,7 @@ class EngineConfig:
         kv_cache_bytes: of the KV cache; None: a quarter of the machine's memory, or what ``max_num_seqs`` sequences of
             ``max_model_len`` tokens need, if that is less.
         enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
-        cuda_graphs: launch decode steps as CUDA graphs; None: where the device and the model's layers can.
+        cuda_graphs: launch steps of up to 512 tokens as CUDA graphs; None: where the device and the model's layers can.
     """
 
     max_model_len: int | None = None

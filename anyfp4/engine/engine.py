@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anyfp4.engine import kv_cache, sampler
 from anyfp4.engine.config import EngineConfig, SamplingParams
-from anyfp4.engine.graphs import DecodeGraphs, why_no_graphs
+from anyfp4.engine.graphs import StepGraphs, why_no_graphs
 from anyfp4.engine.model_runner import Logits, ModelRunner
 from anyfp4.engine.outputs import FinishReason, TokenLogprobs
 from anyfp4.engine.scheduler import Scheduled, Scheduler
@@ -62,14 +62,14 @@ class Engine:
             blocks, config.block_size, config.max_num_seqs, config.max_step_tokens, config.enable_prefix_caching
         )
         caches = kv_cache.allocate(model, blocks, config.block_size)
-        self.graphs = self._decode_graphs(caches)
+        self.graphs = self._step_graphs(caches)
         self.runner = ModelRunner(model, caches, config.block_size, self.graphs)
         vocab = model.config.vocab_size
         self.eos = frozenset(token for token in (*model.config.eos_token_ids, *eos) if 0 <= token < vocab)
         self._prompt_tokens = self._generated_tokens = self._steps = self._finished = 0
         self._schedule_seconds = self._step_seconds = 0.0
 
-    def _decode_graphs(self, caches: SequenceOf[LayerCache]) -> DecodeGraphs | None:
+    def _step_graphs(self, caches: SequenceOf[LayerCache]) -> StepGraphs | None:
         wanted, config = self.config.cuda_graphs, self.config
         reason = why_no_graphs(self.model)
         if wanted and reason is not None:
@@ -77,8 +77,7 @@ class Engine:
         if wanted is False or reason is not None:
             return None
         blocks = min(-(-self.max_model_len // config.block_size), self.scheduler.num_blocks)
-        sequences = min(config.max_num_seqs, config.max_step_tokens)
-        return DecodeGraphs(self.model, caches, config.block_size, sequences, blocks)
+        return StepGraphs(self.model, caches, config.max_num_seqs, config.max_step_tokens, blocks)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Runs what the first requests would wait for: compiling kernels, capturing graphs. Nothing is stored.
@@ -92,7 +91,7 @@ class Engine:
             return
         say = progress or (lambda done, total: None)
         prompts = self.runner.padding_sizes(self.config.max_step_tokens)
-        graphs = len(self.graphs.sizes) if self.graphs is not None else 0
+        graphs = len(self.graphs.shapes) if self.graphs is not None else 0
         with self.model.ops.quiet():
             for done, tokens in enumerate(prompts, start=1):
                 self.runner.run_padding(tokens)

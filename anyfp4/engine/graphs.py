@@ -1,8 +1,10 @@
-"""Decode steps as CUDA graphs: one launch for all kernels of a step in which every sequence has one new token.
+"""Steps as CUDA graphs: one launch for all kernels of a step, where launching them one by one would take longer.
 
-A graph is captured for each padded number of sequences when that number is first needed, or by ``capture_all``. Rows
-that pad a step belong to sequences of no keys whose slots lie outside the cache: they store nothing, and since no row
-depends on another, nothing shows. A step's inputs go to the GPU in one copy, and nothing in a graph waits for the host.
+A graph is captured for a padded number of tokens and of sequences when that pair is first needed, or by
+``capture_all``. There are two kinds: decode steps, in which every sequence has one token, for fine steps of their
+number; and mixed steps (prompts, beside sequences that decode), for coarse steps of the number of tokens. What pads a
+step belongs to sequences of no keys and to slots outside the cache: it stores nothing, and since no row depends on
+another, nothing shows. A step's inputs go to the GPU in one copy, and nothing in a graph waits for the host.
 """
 
 from __future__ import annotations
@@ -10,30 +12,50 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from anyfp4.engine.graph_inputs import GraphInputs
 from anyfp4.engine.inputs import StepInputs
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
 from anyfp4.ops.attention import AttentionBatch
 
-#: sequences of the largest graph: beyond, kernels run for so long that launching them costs nothing
-MOST_SEQUENCES = 512
+#: tokens, and so sequences, of the largest graph: beyond, kernels run for longer than it takes to launch them
+MOST_TOKENS = 512
+#: sequences of mixed steps: few, or as many as the engine runs
+_FEW_SEQUENCES = 8
 _LOG = logging.getLogger(__name__)
 
 
-def sizes(most: int) -> list[int]:
-    """The padded numbers of sequences, at most ``most`` and at most :data:`MOST_SEQUENCES`."""
-    most = min(most, MOST_SEQUENCES)
-    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_SEQUENCES + 1, 32)]
-    return [*(size for size in steps if size < most), most]
+class Shape(NamedTuple):
+    """What a graph was captured for; a mixed step has one sequence more than it can hold, for tokens that pad it."""
+
+    tokens: int
+    sequences: int
+
+
+def decode_shapes(most: int) -> list[Shape]:
+    """The padded numbers of sequences that decode, at most ``most`` and at most :data:`MOST_TOKENS`."""
+    most = min(most, MOST_TOKENS)
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_TOKENS + 1, 32)]
+    return [Shape(size, size) for size in (*(size for size in steps if size < most), most)]
+
+
+def mixed_shapes(max_tokens: int, max_sequences: int) -> list[Shape]:
+    """The padded sizes of steps with prompts."""
+    most = min(max_tokens, MOST_TOKENS)
+    tokens = [size for size in (8, 16, 32, 64, 128, 192, 256, 384) if size < most]
+    sequences = sorted({min(_FEW_SEQUENCES, max_sequences), min(max_sequences, MOST_TOKENS)})
+    pairs = [(t, min(s, t) + 1) for t in (*tokens, most) for s in sequences if s == sequences[0] or s <= t]
+    # as many sequences as tokens would be a decode step
+    return [Shape(t, s + (s == t)) for t, s in pairs]
 
 
 def why_no_graphs(model: Decoder) -> str | None:
-    """Why a model's decode steps cannot run as CUDA graphs; None if they can."""
+    """Why a model's steps cannot run as CUDA graphs; None if they can."""
     if model.device.type != "cuda":
         return f"a {model.device.type} has no CUDA graphs"
     if model.fused is None:
@@ -50,112 +72,116 @@ class Replays(Protocol):
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """A captured step and where it leaves its results: hidden [P, H], logits float32 [P, V], best (ids, values) [P]."""
+class Results:
+    """What a step leaves behind, until the next step.
 
-    graph: Replays
+    Attributes:
+        hidden: [T, H] of all tokens.
+        logits: float32 [S, V] of each sequence's last token.
+        best: (ids int64 [S], values float32 [S]) of the largest logits, if the backend finds them on the device.
+    """
+
     hidden: Tensor
     logits: Tensor
     best: tuple[Tensor, Tensor] | None
 
+    def first(self, tokens: int, sequences: int) -> Results:
+        """Without what pads it."""
+        best = None if self.best is None else (self.best[0][:sequences], self.best[1][:sequences])
+        return Results(self.hidden[:tokens], self.logits[:sequences], best)
 
-class DecodeGraphs:
+
+class StepGraphs:
     """The graphs of one model over one cache."""
 
     def __init__(
-        self, model: Decoder, caches: Sequence[LayerCache], block_size: int, max_num_seqs: int, max_blocks: int
+        self,
+        model: Decoder,
+        caches: Sequence[LayerCache],
+        max_sequences: int,
+        max_tokens: int,
+        max_blocks: int,
     ) -> None:
         """Allocates the inputs that the graphs read.
 
         Args:
             model: on a GPU.
             caches: of each layer.
-            block_size: tokens of a block.
-            max_num_seqs: sequences of a step at most.
+            max_sequences: of a step.
+            max_tokens: of a step.
             max_blocks: blocks of a sequence at most.
         """
-        self.model, self.caches, self.block_size = model, caches, block_size
-        self.sizes = sizes(max_num_seqs)
-        most = self.sizes[-1]
-        self._layout = _Layout(most, max_blocks)
-        self._host = torch.zeros(self._layout.nbytes, dtype=torch.uint8, pin_memory=model.device.type == "cuda")
-        self._device = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=model.device)
-        self._host_views, self._views = self._layout.views(self._host), self._layout.views(self._device)
-        self._starts = torch.arange(most + 1, dtype=torch.int32, device=model.device)
-        self._graphs: dict[int, _Graph] = {}
+        self.model, self.caches = model, caches
+        self.decode = decode_shapes(min(max_sequences, max_tokens))
+        self.mixed = mixed_shapes(max_tokens, max_sequences)
+        largest = (*self.decode, *self.mixed)
+        self.inputs = GraphInputs(
+            max(shape.tokens for shape in largest), max(shape.sequences for shape in largest), max_blocks, model.device
+        )
+        self._captured: dict[Shape, tuple[Replays, Results]] = {}
         self._pool: Any = None
 
+    @property
+    def shapes(self) -> list[Shape]:
+        """All that can be captured, the largest first, so that the others share its memory."""
+        return sorted((*self.decode, *self.mixed), reverse=True)
+
     def capture_all(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Captures every size now, the largest first, so that the others share its memory.
+        """Captures every graph now.
 
         Args:
             progress: called with (graphs captured, graphs in all).
         """
-        for done, size in enumerate(reversed(self.sizes), start=1):
-            self._graph(size)
+        shapes = self.shapes
+        for done, shape in enumerate(shapes, start=1):
+            self._graph(shape)
             if progress is not None:
-                progress(done, len(self.sizes))
+                progress(done, len(shapes))
 
-    def covers(self, inputs: StepInputs) -> bool:
-        """Whether a step can run as a graph: one new token for each sequence, and not too many of them."""
-        return inputs.sequences == len(inputs.tokens) <= self.sizes[-1]
+    def shape_of(self, inputs: StepInputs) -> Shape | None:
+        """The smallest graph that a step fits; None if it fits none."""
+        tokens, sequences = len(inputs.tokens), inputs.sequences
+        if tokens == sequences:
+            return next((shape for shape in self.decode if shape.tokens >= tokens), None)
+        return next((shape for shape in self.mixed if shape.tokens >= tokens and shape.sequences > sequences), None)
 
-    def run(self, inputs: StepInputs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Runs a step that is covered.
+    def run(self, inputs: StepInputs, shape: Shape) -> Results:
+        """Runs a step as the graph of a shape that it fits."""
+        graph, results = self._graph(shape)
+        self.inputs.fill(inputs, shape.tokens, shape.sequences)
+        graph.replay()
+        return results.first(len(inputs.tokens), inputs.sequences)
 
-        Returns:
-            hidden [S, H], logits float32 [S, V], and their best (ids int64 [S], values float32 [S]) if the backend
-            finds them on the device. All are overwritten by the next call.
-        """
-        count = inputs.sequences
-        size = next(s for s in self.sizes if s >= count)
-        graph = self._graph(size)
-        self._fill(inputs, size)
-        graph.graph.replay()
-        best = None if graph.best is None else (graph.best[0][:count], graph.best[1][:count])
-        return graph.hidden[:count], graph.logits[:count], best
-
-    def _fill(self, inputs: StepInputs, size: int) -> None:
-        count, views = inputs.sequences, self._host_views
-        for name, padding in _PADDING.items():
-            views[name][:count] = torch.from_numpy(getattr(inputs, name))
-            views[name][count:size] = padding
-        table = torch.from_numpy(inputs.block_table)
-        views["block_table"][:count, : table.shape[1]] = table
-        used = self._layout.used(count)
-        # the previous step's copy is done: its tokens came back
-        self._device[:used].copy_(self._host[:used], non_blocking=True)
-
-    def _graph(self, size: int) -> _Graph:
-        if size not in self._graphs:
+    def _graph(self, shape: Shape) -> tuple[Replays, Results]:
+        if shape not in self._captured:
+            _LOG.debug("capturing steps of %d tokens and %d sequences", *shape)
             # what runs before the first replay stores nothing
-            for name, padding in _PADDING.items():
-                self._views[name][:size] = padding
-            self._graphs[size] = self._capture(size)
-        return self._graphs[size]
+            self.inputs.fill(None, shape.tokens, shape.sequences)
+            self._captured[shape] = self._capture(self._step(shape))
+        return self._captured[shape]
 
-    def _step(self, size: int) -> Callable[[], tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]]:
-        """What a graph of ``size`` sequences does: the model on the first rows of the inputs."""
-        views = self._views
+    def _step(self, shape: Shape) -> Callable[[], Results]:
+        """What a graph does: the model on the first tokens and sequences of the inputs."""
+        tokens, sequences = shape
+        i = self.inputs.on_device
         batch = AttentionBatch(
-            query_start=self._starts[: size + 1],
-            context_len=views["context_len"][:size],
-            block_table=views["block_table"][:size],
-            slots=views["slots"][:size],
+            query_start=i.query_start[: sequences + 1],
+            context_len=i.context_len[:sequences],
+            block_table=i.block_table[:sequences],
+            slots=i.slots[:tokens],
         )
 
-        def step() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-            hidden = self.model.forward(views["tokens"][:size], views["positions"][:size], self.caches, batch)
-            logits = self.model.logits(hidden)
-            return hidden, logits, self.model.ops.greedy(logits)
+        def step() -> Results:
+            hidden = self.model.forward(i.tokens[:tokens], i.positions[:tokens], self.caches, batch)
+            logits = self.model.logits(hidden if tokens == sequences else hidden[i.last[:sequences]])
+            return Results(hidden, logits, self.model.ops.greedy(logits))
 
         return step
 
-    def _capture(self, size: int) -> _Graph:
-        _LOG.debug("capturing the decode step of %d sequences", size)
-        step = self._step(size)
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+    def _capture(self, step: Callable[[], Results]) -> tuple[Replays, Results]:
+        device = self.model.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             step()  # compiles what was never launched before; that must not happen while capturing
         stream.synchronize()
@@ -163,33 +189,4 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             results = step()
-        return _Graph(graph, *results)
-
-
-#: what a row that pads a step holds
-_PADDING = {"tokens": 0, "positions": 0, "slots": -1, "context_len": 0}
-
-
-class _Layout:
-    """Where a step's inputs lie in one piece of memory, the block table last."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        self.rows, self.width = rows, width
-        self._table = rows * (3 * 8 + 4)
-        # the table's rows begin at a multiple of 16 bytes
-        self._table += -self._table % 16
-        self.nbytes = self._table + 4 * rows * width
-
-    def used(self, rows: int) -> int:
-        """Bytes up to the end of the table's first rows."""
-        return self._table + 4 * rows * self.width
-
-    def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Tensors over ``memory``: int64 [rows] tokens, positions, slots; int32 context_len; int32 block_table."""
-        found, start = {}, 0
-        for name in ("tokens", "positions", "slots"):
-            found[name] = memory[start : start + 8 * self.rows].view(torch.int64)
-            start += 8 * self.rows
-        found["context_len"] = memory[start : start + 4 * self.rows].view(torch.int32)
-        found["block_table"] = memory[self._table :].view(torch.int32).view(self.rows, self.width)
-        return found
+        return graph, results

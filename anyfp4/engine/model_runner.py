@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyfp4.engine.graphs import DecodeGraphs
+from anyfp4.engine.graphs import StepGraphs
 from anyfp4.engine.inputs import StepInputs, gather
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.layers.attention import LayerCache
@@ -26,11 +26,13 @@ class Computed:
 
     Attributes:
         hidden: [T, hidden].
-        logits: float32 [T, V], if a graph computed them too.
-        best: (ids, values) [T] of the largest logits, if the graph found them.
+        last: each sequence's last row, if a graph computed the logits of these too.
+        logits: float32 [S, V] of the last rows.
+        best: (ids, values) [S] of their largest logits, if the graph found them.
     """
 
     hidden: Tensor
+    last: SequenceOf[int] | None = None
     logits: Tensor | None = None
     best: tuple[Tensor, Tensor] | None = None
 
@@ -58,15 +60,18 @@ class ModelRunner:
         model: Decoder,
         caches: SequenceOf[LayerCache],
         block_size: int,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model, self.caches, self.block_size, self.graphs = model, caches, block_size, graphs
 
     def run(self, step: SequenceOf[Scheduled]) -> Computed:
         """Runs all tokens of a step."""
         inputs = self.inputs(step)
-        if self.graphs is not None and self.graphs.covers(inputs):
-            return Computed(*self.graphs.run(inputs))
+        shape = None if self.graphs is None else self.graphs.shape_of(inputs)
+        if self.graphs is not None and shape is not None:
+            results = self.graphs.run(inputs, shape)
+            last = (inputs.query_start[1:] - 1).tolist()
+            return Computed(results.hidden, last, results.logits, results.best)
         tokens, positions, batch = inputs.on(self.model.device)
         return Computed(self.model.forward(tokens, positions, self.caches, batch))
 
@@ -92,12 +97,16 @@ class ModelRunner:
 
     def logits(self, computed: Computed, rows: SequenceOf[int]) -> Iterator[Logits]:
         """The logits of some rows of a step, some at a time."""
-        if computed.logits is not None:
-            whole = len(rows) == computed.logits.shape[0]
-            values = computed.logits if whole else computed.logits[self._index(rows)]
-            if rows:
-                yield Logits(rows, values, computed.best if whole else None)
+        if not rows:
             return
+        if computed.last is not None and computed.logits is not None:
+            if list(rows) == computed.last:
+                yield Logits(rows, computed.logits, computed.best)
+                return
+            place = {row: i for i, row in enumerate(computed.last)}
+            if all(row in place for row in rows):
+                yield Logits(rows, computed.logits[self._index([place[row] for row in rows])])
+                return
         for i in range(0, len(rows), LOGITS_TILE):
             tile = rows[i : i + LOGITS_TILE]
             yield Logits(tile, self.model.logits(computed.hidden[self._index(tile)]))

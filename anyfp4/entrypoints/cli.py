@@ -349,7 +349,7 @@ def serve(
         bool | None,
         typer.Option(
             "--cuda-graphs/--no-cuda-graphs",
-            help="Launch decode steps as CUDA graphs.  [default: where the device and the model can]",
+            help="Launch steps of up to 512 tokens as CUDA graphs.  [default: where the device and the model can]",
         ),
     ] = None,
     revision: RevisionOption = None,

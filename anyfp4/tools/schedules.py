@@ -72,7 +72,7 @@ class Schedule:
         cache_blocks: blocks of the KV cache; None: as many as the engine would take.
         resets: steps before which the prefix cache is emptied.
         threads: of the device's kernels; 0: as many as the process may use.
-        cuda_graphs: run decode steps as CUDA graphs, where the device can.
+        cuda_graphs: run steps as CUDA graphs, where the device can.
     """
 
     arrivals: tuple[Arrival, ...]

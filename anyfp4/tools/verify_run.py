@@ -221,7 +221,7 @@ def _watch(runner: ModelRunner, seen: Seen) -> None:
         seen.tokens[int(counts.sum())] += 1
         seen.chunks.update(counts.tolist())
         seen.starts += int(np.count_nonzero(inputs.context_len > counts))
-        seen.graph_steps += runner.graphs is not None and runner.graphs.covers(inputs)
+        seen.graph_steps += runner.graphs is not None and runner.graphs.shape_of(inputs) is not None
         return inputs
 
     runner.inputs = counted  # type: ignore[method-assign]

@@ -69,6 +69,20 @@ def test_graphs_and_batches_change_nothing(gpu_decoder: Decoder) -> None:
         assert not different, (options, different)
 
 
+def test_warming_up_captures_everything_and_changes_nothing(gpu_decoder: Decoder) -> None:
+    wanted = requests(gpu_decoder.config.vocab_size)[:6]
+    expected = [outcome(s) for s in run(gpu_decoder, wanted)]
+    engine = Engine(gpu_decoder, EngineConfig(kv_cache_bytes=64 << 20, max_step_tokens=100, max_num_seqs=9))
+    calls: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert engine.graphs is not None and len(engine.graphs._captured) == len(engine.graphs.shapes)
+    sequences = [s for i, (tokens, params) in enumerate(wanted) for s in engine.add(str(i), tokens, params)]
+    while engine.has_work:
+        engine.step()
+    assert [outcome(s) for s in sequences] == expected
+
+
 def test_decode_steps_run_as_graphs_and_copy_only_tokens(gpu_decoder: Decoder) -> None:
     engine = Engine(gpu_decoder, EngineConfig(kv_cache_bytes=64 << 20))
     assert engine.graphs is not None
@@ -76,7 +90,7 @@ def test_decode_steps_run_as_graphs_and_copy_only_tokens(gpu_decoder: Decoder) -
         engine.add(str(i), [1, 2, 3], SamplingParams(temperature=i / 2, seed=1, max_tokens=20, ignore_eos=True))
     for _ in range(3):
         engine.step()
-    assert set(engine.graphs._graphs) == {4}
+    assert {shape.tokens for shape in engine.graphs._captured} == {4, 16}
     # any copy to the host but the one of the tokens would wait for the device
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         engine.step()
