@@ -1,4 +1,8 @@
-"""Builds a decoder from a checkpoint, layer by layer, so that at most one layer is held twice."""
+"""Builds a decoder from a checkpoint, layer by layer, so that at most one layer is held twice.
+
+A tensor goes from the file to its device at once, is brought into the backend's layout there, and what the file held is
+dropped before the next layer is read.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from torch import Tensor
 
 from anyfp4.backends import registry
 from anyfp4.checkpoint.reader import Checkpoint
-from anyfp4.errors import InvalidArgumentError, TensorError, UnsupportedError
-from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.errors import InvalidArgumentError, TensorError
+from anyfp4.formats.weights import DenseWeight, LinearWeight
 from anyfp4.layers.attention import Attention
 from anyfp4.layers.linear import Linear
 from anyfp4.layers.mlp import MLP
@@ -95,12 +99,10 @@ class _Loader:
         embedding = self._tensor("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
         blocks = [self._block(i) for i in range(c.num_layers)]
         norm = self._tensor("model.norm.weight", (c.hidden_size,))
-        head: LinearWeight
         if c.tie_word_embeddings:
-            head = DenseWeight(embedding)
+            lm_head = Linear([DenseWeight(embedding)], numerics=self.numerics, backend=self.backend)
         else:
-            head = self._weight("lm_head", c.vocab_size, c.hidden_size, None)
-        lm_head = Linear([head], numerics=self.numerics, backend=self.backend)
+            lm_head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, None)
         self._refuse_unread()
         rope = c.rope
         table = cos_sin_table(c.head_dim, self.max_positions, rope.kind, rope.theta, dict(rope.parameters))
@@ -158,19 +160,22 @@ class _Loader:
             ),
         )
 
-    def _linear(self, modules: Sequence[tuple[str, int]], in_features: int, bias: bool) -> Linear:
-        weights = [self._weight(name, out, in_features, bias) for name, out in modules]
+    def _linear(self, modules: Sequence[tuple[str, int]], in_features: int, bias: bool | None) -> Linear:
+        # read as they are asked for, and held by nobody else
+        weights = (self._weight(name, out, in_features, bias) for name, out in modules)
         return Linear(weights, numerics=self.numerics, backend=self.backend)
 
     def _weight(self, module: str, n: int, k: int, bias: bool | None) -> LinearWeight:
-        weight = self.checkpoint.linear(module, (n, k), bias)
+        weight = self.checkpoint.linear(module, (n, k), bias, self.device)
         self._advance(weight.nbytes)
-        return _place(weight, self.device, self.config.dtype)
+        if isinstance(weight, DenseWeight):
+            return DenseWeight(weight.weight.to(self.config.dtype), weight.bias)
+        return weight
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.checkpoint.tensor(name, shape)
+        tensor = self.checkpoint.tensor(name, shape, self.device)
         self._advance(tensor.numel() * tensor.element_size())
-        return tensor.to(device=self.device, dtype=self.config.dtype)
+        return tensor.to(self.config.dtype)
 
     def _advance(self, nbytes: int) -> None:
         self.done += nbytes
@@ -191,33 +196,3 @@ class _Loader:
                 file=self.checkpoint.file_of(left[0]),
                 tensor=left[0],
             )
-
-
-def _place(weight: LinearWeight, device: torch.device, dtype: torch.dtype) -> LinearWeight:
-    """Moves a weight to its device; dense weights also take the model's dtype."""
-    bias = None if weight.bias is None else weight.bias.to(device)
-    if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.weight.to(device=device, dtype=dtype), bias)
-    if isinstance(weight, FP8Weight):
-        return replace(
-            weight,
-            weight=weight.weight.to(device),
-            weight_scale=weight.weight_scale.to(device),
-            input_scale=None if weight.input_scale is None else weight.input_scale.to(device),
-            bias=bias,
-        )
-    if isinstance(weight, NVFP4Weight):
-        t = weight.weight
-        tensor = replace(
-            t,
-            packed=t.packed.to(device),
-            block_scale=t.block_scale.to(device),
-            global_scale=t.global_scale.to(device),
-        )
-        return NVFP4Weight(
-            tensor,
-            None if weight.input_global_scale is None else weight.input_global_scale.to(device),
-            None if weight.pre_quant_scale is None else weight.pre_quant_scale.to(device),
-            bias,
-        )
-    raise UnsupportedError(f"unknown kind of weight {type(weight).__name__}")
