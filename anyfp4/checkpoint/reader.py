@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from anyfp4.checkpoint import layout
 from anyfp4.checkpoint.checks import check_tensors, kv_scale_names, names_of
 from anyfp4.checkpoint.config import read_config, read_json, read_quantization
+from anyfp4.checkpoint.describe import described
 from anyfp4.checkpoint.files import INDEX_FILE, scan
 from anyfp4.checkpoint.layout import FLOATS, QUANTIZATION_SUFFIXES, TensorInfo
 from anyfp4.checkpoint.scheme import QuantizationConfig, Scheme
@@ -80,6 +82,13 @@ class Checkpoint:
     def linear_modules(self) -> list[str]:
         """The names of all quantized modules, sorted."""
         return sorted(module for module in self._modules if self._is_quantized(module))
+
+    def described(self) -> Iterator[tuple[str, LinearWeight]]:
+        """Every linear layer, quantized or not: its name, and its weight on the meta device, without data."""
+        for module, infos in self._modules.items():
+            weight = described(self.quantization, module, infos)
+            if weight is not None:
+                yield module, weight
 
     def scheme_of(self, module: str) -> Scheme:
         """How a linear module is stored."""

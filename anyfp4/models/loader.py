@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,12 +22,15 @@ from anyfp4.layers.attention import Attention
 from anyfp4.layers.linear import Linear
 from anyfp4.layers.mlp import MLP
 from anyfp4.layers.rotary import cos_sin_table
+from anyfp4.models import footprint
 from anyfp4.models.config import DecoderConfig
 from anyfp4.models.decoder import Block, Decoder
 
 _LOG = logging.getLogger(__name__)
 #: called with (bytes loaded, bytes in all)
 Progress = Callable[[int, int], None]
+#: (the model's shape, dtype of its KV cache) -> what is needed beside the weights, bytes by what they are for
+Beside = Callable[[DecoderConfig, torch.dtype], Mapping[str, int]]
 #: tensors that some exporters write and no decoder reads
 _IGNORABLE = ("*.rotary_emb.inv_freq", "*.self_attn.rotary_emb.*", "lm_head.weight")
 
@@ -41,8 +44,10 @@ def load_decoder(
     backend: str = "auto",
     max_positions: int | None = None,
     progress: Progress | None = None,
+    beside: Beside | None = None,
+    memory_fraction: float | None = None,
 ) -> Decoder:
-    """Loads a model.
+    """Loads a model, if it fits.
 
     Args:
         checkpoint: opened and checked.
@@ -52,8 +57,11 @@ def load_decoder(
         backend: ``auto`` or a backend's name.
         max_positions: rows of the rotary table; the config's maximum by default.
         progress: called after each tensor group.
+        beside: what else must fit; the weights alone by default.
+        memory_fraction: of the device's memory that may be in use; see :func:`anyfp4.device.budget`.
 
     Raises:
+        InsufficientMemoryError: the model does not fit; told before anything is read.
         CheckpointError: a tensor is missing, left over, or wrong.
         UnsupportedError: the architecture or an option is not supported.
         BackendError: the backend that was asked for cannot run here.
@@ -64,7 +72,11 @@ def load_decoder(
         config = replace(config, dtype=dtype)
     loader = _Loader(checkpoint, config, device, numerics, backend, max_positions, progress)
     with loader.ops.quiet():
-        return loader.load()
+        loader.require_memory(beside, memory_fraction)
+        decoder = loader.load()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the files' layers lay in is of other sizes than what comes now
+    return decoder
 
 
 class _Loader:
@@ -92,7 +104,26 @@ class _Loader:
             candidates = {b.name for b in registry.PREFERENCE[device.type]}
             reasons = "; ".join(f"{r.name}: {r.reason}" for r in rows if r.name in candidates and not r.chosen)
             _LOG.warning("running on the reference backend, which is slow (%s)", reasons)
+        self.kv_dtype = torch.float8_e4m3fn if checkpoint.quantization.kv_cache == "fp8" else config.dtype
+        self.workspace = 0
         self.done = 0
+
+    def require_memory(self, beside: Beside | None, fraction: float | None) -> None:
+        """Refuses a model that does not fit.
+
+        Raises:
+            InsufficientMemoryError: with all figures.
+        """
+        found = footprint.measure(
+            self.checkpoint, self.config, self.ops, self.device, self.numerics, self.backend, self.max_positions
+        )
+        self.workspace = found.workspace
+        parts = dict(found.weights)
+        if found.workspace:
+            parts["workspace of a product"] = found.workspace
+        if beside is not None:
+            parts |= beside(self.config, self.kv_dtype)
+        footprint.require(parts, self.device, fraction, self.checkpoint.folder)
 
     def load(self) -> Decoder:
         c = self.config
@@ -117,8 +148,9 @@ class _Loader:
             norm=norm,
             lm_head=lm_head,
             cos_sin=table.to(self.device),
-            kv_dtype=torch.float8_e4m3fn if self.checkpoint.quantization.kv_cache == "fp8" else c.dtype,
+            kv_dtype=self.kv_dtype,
             nbytes=nbytes,
+            workspace=self.workspace,
         )
 
     def _block(self, index: int) -> Block:

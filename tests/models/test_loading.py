@@ -19,6 +19,7 @@ from anyfp4.backends.triton import TritonBackend
 from anyfp4.checkpoint.reader import Checkpoint
 from anyfp4.checkpoint.tensor_reader import TensorReader
 from anyfp4.formats.weights import LinearWeight
+from anyfp4.models import footprint
 from anyfp4.models.loader import load_decoder
 from tests.conftest import write_dense_model
 
@@ -124,6 +125,7 @@ def test_no_more_than_one_layer_is_held_twice(model: Path, numerics: str, monkey
 
     monkeypatch.setattr(layout, "PIECE", PIECE)
     monkeypatch.setitem(registry.PREFERENCE, "cpu", (Watched(),))
+    monkeypatch.setattr(footprint, "measure", lambda *_: footprint.Footprint({}, 0))  # it prepares samples
     with Checkpoint(model) as checkpoint, live:
         decoder = load_decoder(checkpoint, device=CPU, numerics=numerics)
         assert len(kept) == 1 + 4 * 2 + 1 and kept[-1] == decoder.nbytes
