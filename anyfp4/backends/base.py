@@ -107,6 +107,8 @@ class Backend:
     name = "reference"
     #: one line for ``anyfp4 backends``
     description = "readable torch code; runs anywhere, slowly"
+    #: why it is never chosen unless it is asked for by name; None where it may be
+    by_name_only: str | None = None
 
     def why_not(
         self, device: torch.device, shape: tuple[int, int] | None = None, numerics: str = "native"
