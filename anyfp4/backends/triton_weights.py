@@ -64,18 +64,20 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     runs, inverses = _runs(weight)
     magnitude = (scale & 0x7F).masked_fill(nan[:, None], 0)
     bias = _float(weight.bias)
+    # scales first: what they need on the way is gone when the codes take their memory
     if numerics == "blackwell" and not weight.weight_only:
         blackwell = kernel("linear_blackwell")
+        scales, exponents = layout.pack_scales(magnitude, blackwell.WORDS), _exponents(magnitude)
+        del magnitude
         words = layout.pack_codes(tensor.packed, blackwell.WORDS)
         tiles = layout.cut(runs, blackwell.TILE, tensor.device)
-        packed = blackwell.Blocks(
-            words, layout.pack_scales(magnitude, blackwell.WORDS), *_exponents(magnitude), tiles, k, alpha, bias
-        )
+        packed = blackwell.Blocks(words, scales, *exponents, tiles, k, alpha, bias)
         return TritonNVFP4(packed, inverses, weight.pre_quant_scale)
     w = layout.words_per_group(k)
     subnormal = bool(((magnitude > 0) & (magnitude < 8)).any())
-    words = layout.pack_codes(_signed_codes(tensor.packed, scale), w)
     scales = layout.pack_scales(magnitude, w)
+    del magnitude
+    words = layout.pack_codes(_signed_codes(tensor.packed, scale), w)
     return TritonNVFP4(_packed(words, scales, subnormal, runs, k, alpha, bias), inverses, weight.pre_quant_scale)
 
 
@@ -84,9 +86,12 @@ def prepare_fp8(weight: FP8Weight) -> TritonFP8:
     layout = kernel("layout")
     n, k = weight.shape
     data = weight.weight.view(torch.uint8)
-    nan = (data & 0x7F) == e4m3.NAN
-    alpha = weight.weight_scale.expand(n).masked_fill(nan.any(dim=1), torch.nan).contiguous()
-    words = layout.pack_bytes(data.masked_fill(nan, 0), layout.words_per_group(k))
+    rows = data.split(max(1, layout.PIECE // k))  # a comparison of the whole takes as much memory as the weight
+    nan = torch.cat([((part & 0x7F) == e4m3.NAN).any(dim=1) for part in rows])
+    alpha = weight.weight_scale.expand(n).masked_fill(nan, torch.nan).contiguous()
+    if bool(nan.any()):
+        data = data.masked_fill((data & 0x7F) == e4m3.NAN, 0)
+    words = layout.pack_bytes(data, layout.words_per_group(k))
     return TritonFP8(_packed(words, None, False, [(n, 0)], k, alpha, _float(weight.bias)), weight.input_scale)
 
 
