@@ -345,8 +345,12 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Completions that run at the same time.")] = 64,
     max_step_tokens: Annotated[
-        int, typer.Option(help="Tokens of one step; longer prompts are cut, so that others do not wait for them.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Tokens of one step; longer prompts are cut, so that others do not wait for them.  "
+            "[default: 512 on a CPU, 2048 on a GPU]"
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of one block of the KV cache.")] = 16,
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory of the KV cache in GiB.  [default: from what the machine has]")
