@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from anyfp4.engine.inputs import StepInputs
 
+_Array = TypeVar("_Array", Tensor, npt.NDArray[Any])
 
-class _Views:
-    """Where a step's inputs lie in one piece of memory, the block table last.
+
+@dataclass(frozen=True)
+class Places(Generic[_Array]):
+    """A step's inputs side by side in one piece of memory, the block table last.
 
     Attributes:
-        tokens, positions, slots: int64 [T].
+        tokens: int64 [T].
+        positions: int64 [T].
+        slots: int64 [T].
         last: int64 [S], the last token of each sequence.
         query_start: int32 [S + 1].
         context_len: int32 [S].
         block_table: int32 [S, B].
     """
 
-    def __init__(self, memory: Tensor, tokens: int, sequences: int, blocks: int) -> None:
-        place = 0
-
-        def take(count: int, dtype: torch.dtype) -> Tensor:
-            nonlocal place
-            size = count * dtype.itemsize
-            found = memory[place : place + size].view(dtype)
-            place += size + -size % 16
-            return found
-
-        self.tokens, self.positions, self.slots = (take(tokens, torch.int64) for _ in range(3))
-        self.last = take(sequences, torch.int64)
-        self.query_start = take(sequences + 1, torch.int32)
-        self.context_len = take(sequences, torch.int32)
-        self.head = place
-        self.block_table = take(sequences * blocks, torch.int32).view(sequences, blocks)
-        self.nbytes = place
+    tokens: _Array
+    positions: _Array
+    slots: _Array
+    last: _Array
+    query_start: _Array
+    context_len: _Array
+    block_table: _Array
 
 
 class GraphInputs:
@@ -45,14 +43,30 @@ class GraphInputs:
 
     def __init__(self, tokens: int, sequences: int, blocks: int, device: torch.device) -> None:
         """Allocates for so many tokens, sequences, and blocks of a sequence."""
-        sizes = (tokens, sequences, blocks)
-        most = 8 * (3 * tokens + sequences) + 4 * sequences * (blocks + 2) + 8 * 16
         cuda = device.type == "cuda"
-        self._device_memory = torch.zeros(most, dtype=torch.uint8, device=device)
-        self.on_device = _Views(self._device_memory, *sizes)
-        self._hosts = [torch.zeros(most, dtype=torch.uint8, pin_memory=cuda) for _ in range(2)]
-        self._host_views = [_Views(memory, *sizes) for memory in self._hosts]
-        self._copied: list[Any] = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        counts = [tokens, tokens, tokens, sequences, sequences + 1, sequences, sequences * blocks]
+        types = [np.dtype(np.int64)] * 4 + [np.dtype(np.int32)] * 3
+        # each begins at a multiple of 16 bytes, as kernels may expect of their arguments
+        sizes = [-(-count * kind.itemsize // 16) * 16 for count, kind in zip(counts, types, strict=True)]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._head, self._row = starts[-1], 4 * blocks
+        memory = [torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=cuda) for _ in range(2)]
+        self._hosts: list[tuple[Tensor, Places[npt.NDArray[Any]], Any]] = []
+        for piece in memory:
+            data = piece.numpy()
+            views = [
+                data[start : start + count * kind.itemsize].view(kind)
+                for start, count, kind in zip(starts, counts, types, strict=True)
+            ]
+            views[-1] = views[-1].reshape(sequences, blocks)
+            self._hosts.append((piece, Places(*views), torch.cuda.Event() if cuda else None))
+        self._memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        parts = [
+            self._memory[start : start + count * kind.itemsize].view(torch.int64 if kind.itemsize == 8 else torch.int32)
+            for start, count, kind in zip(starts, counts, types, strict=True)
+        ]
+        parts[-1] = parts[-1].view(sequences, blocks)
+        self.on_device = Places(*parts)
         self._turn = 0
 
     def fill(self, inputs: StepInputs | None, tokens: int, sequences: int) -> None:
@@ -62,29 +76,25 @@ class GraphInputs:
         otherwise the tokens that pad belong to the last sequence.
         """
         self._turn ^= 1
-        memory, to, copied = self._hosts[self._turn], self._host_views[self._turn], self._copied[self._turn]
+        memory, to, copied = self._hosts[self._turn]
         if copied is not None:
             copied.synchronize()
-        used_tokens = used = width = 0
+        count = used = 0
         if inputs is not None:
-            used_tokens, used, width = len(inputs.tokens), inputs.sequences, inputs.block_table.shape[1]
-            for name in ("tokens", "positions", "slots"):
-                getattr(to, name)[:used_tokens] = torch.from_numpy(getattr(inputs, name))
-            starts = torch.from_numpy(inputs.query_start)
-            to.query_start[: used + 1] = starts
-            to.last[:used] = starts[1:] - 1
-            to.context_len[:used] = torch.from_numpy(inputs.context_len)
-            to.block_table[:used, :width] = torch.from_numpy(inputs.block_table)
-        for name, padding in (("tokens", 0), ("positions", 0), ("slots", -1)):
-            getattr(to, name)[used_tokens:tokens] = padding
-        to.last[used:sequences] = 0
-        to.context_len[used:sequences] = 0
+            count, used = len(inputs.tokens), inputs.sequences
+            to.tokens[:count], to.positions[:count], to.slots[:count] = inputs.tokens, inputs.positions, inputs.slots
+            to.query_start[: used + 1], to.context_len[:used] = inputs.query_start, inputs.context_len
+            to.last[:used] = inputs.query_start[1:] - 1
+            to.block_table[:used, : inputs.block_table.shape[1]] = inputs.block_table
+        to.tokens[count:tokens] = to.positions[count:tokens] = 0
+        to.slots[count:tokens] = -1
+        to.last[used:sequences] = to.context_len[used:sequences] = 0
         if tokens == sequences:
-            to.query_start[used : sequences + 1] = torch.arange(used, sequences + 1, dtype=torch.int32)
+            to.query_start[used : sequences + 1] = np.arange(used, sequences + 1)
         else:
-            to.query_start[used:sequences] = used_tokens
+            to.query_start[used:sequences] = count
             to.query_start[sequences] = tokens
-        end = to.head + 4 * used * to.block_table.shape[1]
-        self._device_memory[:end].copy_(memory[:end], non_blocking=True)
+        end = self._head + used * self._row
+        self._memory[:end].copy_(memory[:end], non_blocking=True)
         if copied is not None:
             copied.record()
