@@ -4,7 +4,8 @@
 
 The checkpoint has random weights and is made on the spot (W4A4, compressed-tensors, loaded like any other).
 ``tokens/s`` is the number of new tokens over the whole time of a batch whose requests have 128 tokens and get 128, as
-servers are compared; ``decode`` leaves the first token out. Prefill counts the tokens of prompts of 2048. transformers
+servers are compared; ``decode`` leaves the first token out. ``GB a step`` is the least that a decode step reads (weights
+once, keys and values), ``TB/s`` that over the time of a step. Prefill counts the tokens of prompts of 2048. transformers
 runs a bf16 model of the same shape in the same process, one batch size after the other.
 """
 
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from anyfp4 import EngineConfig, SamplingParams
 from anyfp4.checkpoint.reader import Checkpoint
+from anyfp4.engine import kv_cache
 from anyfp4.engine.engine import Engine
 from anyfp4.models.loader import load_decoder
 from benchmarks import harness, random_model
@@ -103,6 +105,8 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
             "tokens/s": round(batch * NEW / total),
             "decode tokens/s": round(batch * (NEW - 1) / decode),
             "ms a step": round(decode / (NEW - 1) * 1e3, 2),
+            "GB a step": round(step_bytes(engine, batch) / 1e9, 2),
+            "TB/s": round(step_bytes(engine, batch) / (decode / (NEW - 1)) / 1e12, 2),
         }
         print(found[f"decode {batch}"], file=sys.stderr, flush=True)
         if not options.no_profile and batch in (batches[0], batches[-1]):
@@ -117,6 +121,8 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
             "tokens/s": round(count * LONG / seconds),
             "decode tokens/s": "-",
             "ms a step": round(seconds * 1e3, 1),
+            "GB a step": "-",
+            "TB/s": "-",
         }
         print(found[f"prefill {count}"], file=sys.stderr, flush=True)
     if not options.no_profile:
@@ -124,6 +130,14 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
         kernels(f"prefill of {LONG}", engine.step)
         drain(engine)
     return found
+
+
+def step_bytes(engine: Engine, batch: int) -> float:
+    """The least that a decode step must read: every weight but the embedding once, and the keys and values."""
+    model = engine.model
+    table = model.embedding.numel() * model.embedding.element_size()
+    context = PROMPT + NEW / 2
+    return model.nbytes - table + batch * context * kv_cache.block_bytes(model, 1)
 
 
 def add(engine: Engine, batch: int, prompt: int, new: int) -> None:
