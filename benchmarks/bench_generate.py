@@ -4,9 +4,9 @@
 
 The checkpoint has random weights and is made on the spot (W4A4, compressed-tensors, loaded like any other).
 ``tokens/s`` is the number of new tokens over the whole time of a batch whose requests have 128 tokens and get 128, as
-servers are compared; ``decode`` leaves the first token out. ``GB a step`` is the least that a decode step reads (weights
-once, keys and values), ``TB/s`` that over the time of a step. Prefill counts the tokens of prompts of 2048. transformers
-runs a bf16 model of the same shape in the same process, one batch size after the other.
+servers are compared; ``decode`` leaves the first token out. ``GB a step`` is the least that a decode step reads
+(weights once, keys and values), ``TB/s`` that over the time of a step. Prefill counts the tokens of prompts of 2048.
+transformers runs a bf16 model of the same shape in the same process, one batch size after the other.
 """
 
 from __future__ import annotations
