@@ -17,7 +17,7 @@ from anyfp4 import envs
 from anyfp4.backends import triton_weights
 from anyfp4.backends.base import Backend, DecoderPlan, FusedDecoder, PreparedLinear
 from anyfp4.backends.triton_layers import TritonLayers
-from anyfp4.backends.triton_weights import TritonDense, TritonFP8, TritonNVFP4, kernel
+from anyfp4.backends.triton_weights import TritonDense, TritonFP8, TritonFP8Blocks, TritonNVFP4, kernel
 from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
@@ -26,10 +26,8 @@ from anyfp4.ops.linear import ACTIVATION_DTYPES
 from anyfp4.ops.sampling import Choice
 
 _HALVES = (torch.float16, torch.bfloat16)
-#: from this many tokens on, dequantizing into memory costs less than unpacking for every tile of tokens
-_MANY = 257
-#: where the kernel for many tokens keeps the order over K of the others. With ``mma.sync`` and ``v_mfma`` the compiler
-#: permutes K within a step, by how an operand came to be, so that there one kernel serves all.
+#: where all kernels of a product keep one order over K. With ``mma.sync`` and ``v_mfma`` the compiler permutes K within
+#: a step, by how an operand came to be, so that there one kernel serves all.
 _ONE_ORDER = ("sm_90", "sm_100", "sm_103")
 #: AMD's compiler may choose the instruction, and so K's grouping, by the tile's shape: one shape serves all
 _HIP_TOKENS = 64
@@ -61,15 +59,12 @@ class TritonBackend(Backend):
         return None if known else f"needs gfx942, gfx950 or gfx12, this is {arch}"
 
     def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
-        """See :meth:`Backend.prepare`. NVFP4 and FP8 weights are repacked, dense ones kept.
-
-        FP8 weights that are block-wise or weight-only have no kernel here; they run as in the reference.
-        """
+        """See :meth:`Backend.prepare`. NVFP4 and FP8 weights are repacked, dense ones kept."""
         if numerics not in envs.NUMERICS:
             raise InvalidArgumentError(f"numerics must be 'native' or 'blackwell', got {numerics!r}")
-        if isinstance(weight, FP8Weight) and (weight.block_wise or weight.weight_only):
-            return super().prepare(weight, numerics)
-        data: TritonNVFP4 | TritonFP8 | TritonDense
+        # what CUDA graphs will use cannot be allocated while one is captured
+        kernel("workspace").reserve(weight.weight.device)
+        data: TritonNVFP4 | TritonFP8 | TritonFP8Blocks | TritonDense
         if isinstance(weight, NVFP4Weight):
             data = triton_weights.prepare_nvfp4(weight, numerics)
         elif isinstance(weight, FP8Weight):
@@ -88,8 +83,6 @@ class TritonBackend(Backend):
         """See :func:`anyfp4.ops.linear.linear`."""
         n, k = prepared.shape
         data = prepared.data
-        if isinstance(data, FP8Weight):
-            return super().linear(x, prepared, out_dtype)
         if x.dtype not in ACTIVATION_DTYPES or x.dim() < 1 or x.shape[-1] != k:
             raise InvalidArgumentError(
                 f"x must be bfloat16, float16 or float32 [..., {k}], got {x.dtype} {list(x.shape)}"
@@ -103,8 +96,9 @@ class TritonBackend(Backend):
         if isinstance(data, TritonNVFP4):
             y = self._nvfp4(rows, prepared, out_dtype)
         elif isinstance(data, TritonFP8):
-            values, scale = kernel("quantize_fp8").quantize_fp8(rows, data.input_scale)
-            y = self._packed(values.unsqueeze(0), data.packed, out_dtype, scale)
+            y = self._fp8(rows, data, out_dtype)
+        elif isinstance(data, TritonFP8Blocks):
+            y = self._fp8_blocks(rows, data, out_dtype)
         else:
             y = self._dense(rows.contiguous(), data, out_dtype)
         return y.view(*x.shape[:-1], n)
@@ -212,29 +206,59 @@ class TritonBackend(Backend):
         values, scale = kernel("quantize").quantize_values(x, data.inverse_scales, pre)
         return self.quantized_linear(values, scale, prepared, out_dtype)
 
-    def _packed(self, x: Tensor, packed: Any, out_dtype: torch.dtype, row: Tensor | None) -> Tensor:
+    def _fp8(self, x: Tensor, data: TritonFP8, out_dtype: torch.dtype) -> Tensor:
+        if data.weight_only:
+            return self._packed(x.contiguous().unsqueeze(0), data.packed, out_dtype, None)
+        values, scale = kernel("quantize_fp8").quantize_fp8(x, data.input_scale)
+        return self._packed(values.unsqueeze(0), data.packed, out_dtype, scale)
+
+    def _fp8_blocks(self, x: Tensor, data: TritonFP8Blocks, out_dtype: torch.dtype) -> Tensor:
+        linear, packed = kernel("linear_fp8_block"), data.packed
+        work = self._few(x, packed.words.shape[1])
         y: Tensor
-        if x.dtype == torch.float32:
-            w = kernel("gemm").dequantize(packed, 0, packed.alpha.shape[0], torch.float32)
-            y = kernel("linear_dense").dense_linear(x[0], w, packed.alpha, packed.bias, out_dtype)
-        elif self._many(x, x.shape[1]):
-            y = kernel("gemm").packed_gemm(x, packed, out_dtype, row)
+        if not data.weight_only:
+            y = linear.fp8_block_linear(*kernel("quantize_fp8").quantize_fp8_blocks(x), packed, out_dtype, work)
+        elif x.dtype == torch.float32:
+            w = linear.dequantize(packed)
+            y = kernel("linear_dense").dense_linear(x.contiguous(), w, packed.alpha, packed.bias, out_dtype)
         else:
-            tokens = _HIP_TOKENS if torch.version.hip else None
-            y = kernel("linear_packed").packed_linear(x, packed, out_dtype, row, tokens)
+            y = linear.fp8_block_linear(x.contiguous(), None, packed, out_dtype, work)
         return y
+
+    def _packed(self, x: Tensor, packed: Any, out_dtype: torch.dtype, row: Tensor | None) -> Tensor:
+        _, m, k = x.shape
+        n = packed.alpha.shape[0]
+        gemm, y = kernel("gemm"), None
+        if x.dtype == torch.float32:
+            w = gemm.dequantize(packed, 0, n, torch.float32)
+            y = kernel("linear_dense").dense_linear(x[0], w, packed.alpha, packed.bias, out_dtype)
+        elif self._one_order(x) and k % 8 == 0:
+            work = kernel("division").packed(n, k, m, gemm.multiprocessors(x.device))
+            if work is None:
+                y = gemm.packed_gemm(x, packed, out_dtype, row)
+        else:
+            work = self._few(x[0], n)
+        if y is None:
+            y = kernel("linear_packed").packed_linear(x, packed, out_dtype, row, work)
+        result: Tensor = y
+        return result
 
     def _dense(self, x: Tensor, data: TritonDense, out_dtype: torch.dtype) -> Tensor:
         y: Tensor
-        if x.dtype == data.weight.dtype and x.shape[1] % 8 == 0 and self._many(x, x.shape[0]):
+        halves = x.dtype == data.weight.dtype and x.dtype in _HALVES
+        if halves and x.shape[0] > 64 and x.shape[1] % 8 == 0 and self._one_order(x):
             y = kernel("gemm").dense_gemm(x.unsqueeze(0), data.weight, data.tiles, data.alpha, data.bias, out_dtype)
         else:
-            tokens = _HIP_TOKENS if torch.version.hip else None
-            y = kernel("linear_dense").dense_linear(x, data.weight, data.alpha, data.bias, out_dtype, tokens)
+            work = self._few(x, data.weight.shape[0])
+            y = kernel("linear_dense").dense_linear(x, data.weight, data.alpha, data.bias, out_dtype, work)
         return y
 
     @staticmethod
-    def _many(x: Tensor, tokens: int) -> bool:
-        if tokens < _MANY or x.dtype not in _HALVES:
-            return False
-        return architecture(x.device) in _ONE_ORDER
+    def _few(x: Tensor, n: int) -> Any:
+        """How to divide the work of a kernel for few tokens."""
+        m, k = x.shape
+        return kernel("division").few(n, k, m, _HIP_TOKENS if torch.version.hip else None)
+
+    @staticmethod
+    def _one_order(x: Tensor) -> bool:
+        return x.device.type == "cuda" and architecture(x.device) in _ONE_ORDER

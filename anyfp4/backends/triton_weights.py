@@ -32,15 +32,24 @@ class TritonNVFP4:
 
 @dataclass(frozen=True, eq=False)
 class TritonFP8:
-    """An FP8 layer; ``packed`` as above, ``input_scale`` float32 [1] or None (one for each token)."""
+    """An FP8 layer; ``packed`` as above, ``input_scale`` float32 [1] or None (one for each token, or weight-only)."""
 
     packed: Any
     input_scale: Tensor | None
+    weight_only: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TritonFP8Blocks:
+    """A block-wise FP8 layer; ``packed`` is ``kernels.triton.linear_fp8_block.Fp8Blocks``."""
+
+    packed: Any
+    weight_only: bool
 
 
 @dataclass(frozen=True, eq=False)
 class TritonDense:
-    """An unquantized layer; ``tiles`` for many tokens, ``alpha`` ones."""
+    """An unquantized layer; ``tiles`` for many tokens, by rows; ``alpha`` ones."""
 
     weight: Tensor
     tiles: Any
@@ -73,33 +82,37 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
         tiles = layout.cut(runs, blackwell.TILE, tensor.device)
         packed = blackwell.Blocks(words, scales, *exponents, tiles, k, alpha, bias)
         return TritonNVFP4(packed, inverses, weight.pre_quant_scale)
-    w = layout.words_per_group(k)
     subnormal = bool(((magnitude > 0) & (magnitude < 8)).any())
-    scales = layout.pack_scales(magnitude, w)
+    scales = layout.pack_scales(magnitude, layout.CODE_WORDS)
     del magnitude
-    words = layout.pack_codes(_signed_codes(tensor.packed, scale), w)
+    words = layout.pack_codes(_signed_codes(tensor.packed, scale), layout.CODE_WORDS)
     return TritonNVFP4(_packed(words, scales, subnormal, runs, k, alpha, bias), inverses, weight.pre_quant_scale)
 
 
-def prepare_fp8(weight: FP8Weight) -> TritonFP8:
+def prepare_fp8(weight: FP8Weight) -> TritonFP8 | TritonFP8Blocks:
     """The bytes in words."""
     layout = kernel("layout")
     n, k = weight.shape
     data = weight.weight.view(torch.uint8)
     rows = data.split(max(1, layout.PIECE // k))  # a comparison of the whole takes as much memory as the weight
     nan = torch.cat([((part & 0x7F) == e4m3.NAN).any(dim=1) for part in rows])
-    alpha = weight.weight_scale.expand(n).masked_fill(nan, torch.nan).contiguous()
     if bool(nan.any()):
         data = data.masked_fill((data & 0x7F) == e4m3.NAN, 0)
-    words = layout.pack_bytes(data, layout.words_per_group(k))
-    return TritonFP8(_packed(words, None, False, [(n, 0)], k, alpha, _float(weight.bias)), weight.input_scale)
+    words = layout.pack_bytes(data, layout.BYTE_WORDS)
+    bias, one = _float(weight.bias), torch.ones(1, device=data.device)
+    alpha = (one if weight.block_wise else weight.weight_scale).expand(n).masked_fill(nan, torch.nan).contiguous()
+    if weight.block_wise:
+        packed = kernel("linear_fp8_block").Fp8Blocks(words, weight.weight_scale.contiguous(), k, alpha, bias)
+        return TritonFP8Blocks(packed, weight.weight_only)
+    packed = _packed(words, None, False, [(n, 0)], k, alpha, bias)
+    return TritonFP8(packed, weight.input_scale, weight.weight_only)
 
 
 def prepare_dense(weight: DenseWeight) -> TritonDense:
     """As it is."""
     n, _ = weight.shape
     w = weight.weight.contiguous()
-    tiles = kernel("layout").cut([(n, 0)], kernel("gemm").BN, w.device)
+    tiles = kernel("layout").cut_all([(n, 0)], w.device)
     return TritonDense(w, tiles, torch.ones(n, device=w.device), _float(weight.bias))
 
 
@@ -107,9 +120,8 @@ def _packed(
     words: Tensor, scales: Tensor | None, subnormal: bool, runs: list[tuple[int, int]], k: int, alpha: Tensor,
     bias: Tensor | None,
 ) -> Any:  # fmt: skip
-    layout, linear, gemm = kernel("layout"), kernel("linear_packed"), kernel("gemm")
-    tiles, large = (layout.cut(runs, rows, words.device) for rows in (linear.TILE, gemm.BN))
-    return linear.Packed(words, scales, subnormal, tiles, large, k, alpha, bias)
+    tiles = kernel("layout").cut_all(runs, words.device)
+    return kernel("linear_packed").Packed(words, scales, subnormal, tiles, k, alpha, bias)
 
 
 def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], Tensor]:
@@ -149,7 +161,7 @@ def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(torch.float32).contiguous()
 
 
-def nbytes(data: TritonNVFP4 | TritonFP8 | TritonDense) -> int:
+def nbytes(data: TritonNVFP4 | TritonFP8 | TritonFP8Blocks | TritonDense) -> int:
     """Bytes of memory held."""
     return sum(t.nbytes for t in _tensors(data))
 
@@ -160,5 +172,7 @@ def _tensors(data: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple):
             yield from (t for t in value if isinstance(t, Tensor))
+        elif isinstance(value, dict):
+            yield from (t for tiles in value.values() for t in _tensors(tiles))
         elif hasattr(value, "__dataclass_fields__"):
             yield from _tensors(value)

@@ -1,20 +1,20 @@
-"""What follows a sum over K: scales, bias, one rounding; and the sum of the segments.
+"""What follows a sum over K: the sum of the segments, scales, bias, one rounding.
 
     y = round((sum × alpha) + bias)
 
 with alpha float32 of the output row, or (FP8) the product of the token's scale and the row's. Launched with
 ``enable_fp_fusion=False``: a fused multiply-add would round once where the definition rounds twice.
+
+Where the segments of a tile are the work of several programs, each leaves its sum in memory and counts itself; the one
+that finds all others counted adds the sums in order. So the order is that of one program, in the same launch.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from anyfp4.kernels.triton.numbers import rounded
-
-_BLOCK = 1024
 
 
 @triton.jit
@@ -29,37 +29,44 @@ def scaled(acc, alpha, row, bias, ROW: tl.constexpr, BIAS: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["total"])
-def _add_segments(
-    p_part, p_y, p_alpha, p_bias, p_row, total, N, unit, SEGMENTS: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = i < total
-    m, n = i // N, i % N
-    acc = tl.load(p_part + i, mask=live, other=0.0)
-    for s in tl.static_range(1, SEGMENTS):
-        acc = acc + tl.load(p_part + s * tl.cast(total, tl.int64) + i, mask=live, other=0.0)
-    alpha = tl.load(p_alpha + n, mask=live, other=0.0)
-    row = tl.load(p_row + m, mask=live, other=0.0) if ROW else alpha
-    bias = tl.load(p_bias + n, mask=live, other=0.0) if BIAS else alpha
-    y = scaled(acc * unit, alpha, row, bias, ROW, BIAS)
-    tl.store(p_y + i, rounded(y, p_y.dtype.element_ty), mask=live)
+@triton.jit
+def finish(total, p_y, p_alpha, p_bias, p_row, n, end, m, M, N, unit, ROW: tl.constexpr, BIAS: tl.constexpr):
+    """Scales the sums [R, T] of rows ``n`` before ``end`` and tokens ``m``, and stores them in y [M, N]."""
+    near = tl.minimum(n, end - 1)
+    alpha = tl.load(p_alpha + near)[:, None]
+    row = tl.load(p_row + m, mask=m < M, other=0.0)[None, :] if ROW else alpha
+    bias = tl.load(p_bias + near)[:, None] if BIAS else alpha
+    y = scaled(total * unit, alpha, row, bias, ROW, BIAS)
+    here = m[None, :].to(tl.int64) * N + n[:, None]
+    tl.store(p_y + here, rounded(y, p_y.dtype.element_ty), mask=(n[:, None] < end) & (m[None, :] < M))
 
 
-def add_segments(parts: Tensor, y: Tensor, alpha: Tensor, bias: Tensor | None, row: Tensor | None, unit: float) -> None:
-    """Adds the segments' sums in order and finishes the result.
+@triton.jit
+def sum_of_segments(acc, p_sums, p_counters, slot, segment, SEGMENTS: tl.constexpr):
+    """One program's part of a tile that SEGMENTS programs share.
 
     Args:
-        parts: float32 [S, M, N].
-        y: [M, N], written.
-        alpha: float32 [N].
-        bias: float32 [N] or None.
-        row: float32 [M] or None.
-        unit: power of two that the sums are multiplied by first.
+        acc: float32 [R, T], the sum of this program's segment.
+        p_sums: float32, SEGMENTS · R · T for each slot.
+        p_counters: int32, one for each slot; zero before and after.
+        slot: of the tile.
+        segment: of this program.
+        SEGMENTS: how many there are.
+
+    Returns:
+        (whether this program came last, and then the sum of all segments, float32 [R, T]).
     """
-    total = y.numel()
-    _add_segments[(triton.cdiv(total, _BLOCK),)](
-        parts, y, alpha, alpha if bias is None else bias, alpha if row is None else row, total, y.shape[1], unit,
-        parts.shape[0], row is not None, bias is not None, _BLOCK, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    R: tl.constexpr = acc.shape[0]
+    T: tl.constexpr = acc.shape[1]
+    p = p_sums + slot * (SEGMENTS * R * T) + tl.arange(0, R)[:, None] * T + tl.arange(0, T)[None, :]
+    tl.store(p + segment * (R * T), acc)
+    # every thread has stored before one of them counts the program
+    tl.debug_barrier()
+    last = tl.atomic_add(p_counters + slot, 1, sem="acq_rel") == SEGMENTS - 1
+    if last:
+        # past the first-level cache, which other programs' stores do not reach
+        acc = tl.load(p, cache_modifier=".cg")
+        for s in tl.static_range(1, SEGMENTS):
+            acc = acc + tl.load(p + s * (R * T), cache_modifier=".cg")
+        tl.store(p_counters + slot, 0)
+    return last, acc

@@ -16,7 +16,7 @@ from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton import norm
 from anyfp4.kernels.triton.activation import gated
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device
-from anyfp4.kernels.triton.numbers import e2m1_half, float32_of, rounded
+from anyfp4.kernels.triton.numbers import float32_of, rounded
 from anyfp4.kernels.triton.quantize import quantize_block
 
 #: columns of a program of the activation
@@ -43,7 +43,7 @@ def _store_quantized(
     block_live = tl.max(tl.reshape(live.to(tl.int32), (R * N // 16, 16)), axis=1) > 0
     for i in tl.static_range(SCALES):
         codes, bits, s = quantize_block(blocks, tl.load(p_g + i))
-        values = tl.reshape(e2m1_half(codes) * s.to(tl.float16)[:, None], (R, N))
+        values = tl.reshape((codes * s[:, None]).to(tl.float16), (R, N))
         here = (row + i * rows)[:, None] * K + column[None, :]
         tl.store(p_values + here, values, mask=live)
         block_here = tl.min(tl.reshape(here, (R * N // 16, 16)), axis=1) // 16

@@ -1,12 +1,13 @@
 """Weights as the Triton kernels read them, and the order over K that all of them keep.
 
-**Order over K.** K is cut at multiples of 4096 into segments. Within a segment one accumulator takes K upwards,
+**Order over K.** K is cut at multiples of 1024 into segments. Within a segment one accumulator takes K upwards,
 sixteen at a time; the segments' sums are added in order, in float32. The order depends on K alone, so any number of
-tokens, any tile shape and any number of programs gives the same bits. (For numerics="blackwell" K is one chain.) Which
-sixteen columns one instruction takes is exact for ``wgmma`` and ``tcgen05``; for ``mma.sync`` and ``v_mfma`` the
-compiler permutes columns within a step, always alike for one kernel.
+tokens, any tile shape and any number of programs gives the same bits. (For numerics="blackwell" K is one chain, and
+block-wise FP8 adds the product of each block: ``linear_fp8_block.py``.) Which sixteen columns one instruction takes is
+exact for ``wgmma`` and ``tcgen05``; for ``mma.sync`` and ``v_mfma`` the compiler permutes columns within a step, always
+alike for one kernel.
 
-**Words.** A group of G = 8·W columns of a row is W words of 32 bits; a matrix is [K/G, N, W], so that a tile of rows
+**Words.** A group of 8·W columns of a row is W words of 32 bits; a matrix is [groups, N, W], so that a tile of rows
 lies in one piece. A group is four quarters of 2·W columns; word i holds columns 2i and 2i + 1 of each quarter, the even
 one in the lower half. In each half the four codes lie so that a shift and a mask put sign and magnitude where float16
 wants them (bit 15, and bits 9 to 11):
@@ -14,8 +15,9 @@ wants them (bit 15, and bits 9 to 11):
     bit       15   14   13   12   11…9   8…6   5…3   2…0
     quarter   s0   s2   s3   s1   m0     m1    m2    m3
 
-and what float16 then reads is code × 2⁻¹⁴. Block scales are words of four bytes, [K/64, N], see ``pack_scales``. FP8
-weights are words too: a group is two halves of 2·W columns, in the upper and the lower byte of each half word.
+and what float16 then reads is code × 2⁻¹⁴. Block scales are words of four bytes, see ``pack_scales``. FP8 weights are
+words too: a group is two halves of 2·W columns, in the upper and the lower byte of each half word. A group of native
+numerics is ``GROUP`` columns of either kind, eight of them a segment.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ import torch
 from torch import Tensor
 
 #: columns of K that one accumulator takes
-SEGMENT = 4096
+SEGMENT = 1024
+#: columns of a group for native numerics, and words of a row of it: NVFP4, FP8
+GROUP, CODE_WORDS, BYTE_WORDS = 128, 16, 32
+#: rows of a tile, for the kernels of native numerics
+ROWS = (64, 128, 256)
 #: places of sign and magnitude in a half word, by quarter
 _SIGN, _MAGNITUDE = (15, 12, 14, 13), (9, 6, 3, 0)
 #: weights repacked at a time, so that what is needed on the way stays near 16 MiB
@@ -37,11 +43,6 @@ PIECE = 1 << 22
 def segments(k: int) -> int:
     """How many segments K columns are cut into."""
     return max(1, math.ceil(k / SEGMENT))
-
-
-def words_per_group(k: int) -> int:
-    """W for native numerics: 32 where that needs no padding, else 16."""
-    return 32 if k % 256 == 0 else 16
 
 
 def pack_codes(packed: Tensor, w: int) -> Tensor:
@@ -63,10 +64,10 @@ def pack_codes(packed: Tensor, w: int) -> Tensor:
 
 
 def pack_scales(scale: Tensor, w: int) -> Tensor:
-    """Block scales in words: uint8 [N, K/16] to int32 [⌈K/8w⌉·w/8, N].
+    """Block scales in words: uint8 [N, K/16] to int32 [⌈K/8w⌉, N, w/8], w 8 or 16.
 
-    For w = 32 a word is the four blocks of a quarter, and for w = 8 those of a group, in order. For w = 16 its bytes
-    0 and 2 are the blocks of an even quarter, 1 and 3 those of the odd one after it.
+    For w = 8 the bytes of a word are the blocks of a group in order. For w = 16 the first word is the first half of a
+    group, its bytes 0 and 2 the blocks of the first quarter and 1 and 3 those of the second; the other word likewise.
     """
     n = scale.shape[0]
     groups = math.ceil(scale.shape[1] * 16 / (8 * w))
@@ -74,7 +75,7 @@ def pack_scales(scale: Tensor, w: int) -> Tensor:
     blocks = padded.view(n, -1, 4)
     if w == 16:
         blocks = blocks[:, :, [0, 2, 1, 3]]
-    return blocks.contiguous().view(torch.int32).view(n, -1).T.contiguous()
+    return blocks.contiguous().view(torch.int32).view(n, groups, w // 8).transpose(0, 1).contiguous()
 
 
 def pack_bytes(weight: Tensor, w: int) -> Tensor:
@@ -101,6 +102,11 @@ class Tiles:
 
     table: Tensor
     starts: tuple[int, ...]
+
+
+def cut_all(runs: list[tuple[int, int]], device: torch.device) -> dict[int, Tiles]:
+    """Tiles of each of ``ROWS``; arguments as :func:`cut`."""
+    return {rows: cut(runs, rows, device) for rows in ROWS}
 
 
 def cut(runs: list[tuple[int, int]], rows: int, device: torch.device) -> Tiles:

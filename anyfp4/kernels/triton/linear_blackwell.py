@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyfp4.kernels.triton.epilogue import scaled
+from anyfp4.kernels.triton.epilogue import finish
 from anyfp4.kernels.triton.layout import Tiles
 from anyfp4.kernels.triton.linear_packed import code_bits, half_pair
-from anyfp4.kernels.triton.numbers import rounded
 
 #: words in a group; rows of a tile
 WORDS, TILE = 8, 32
@@ -35,7 +34,7 @@ class Blocks:
 
     Attributes:
         words: int32 [K/64, N, 8].
-        scales: int32 [K/64, N], magnitudes without NaN.
+        scales: int32 [K/64, N, 1], magnitudes without NaN.
         low: int32 [N], the smallest exponent of a row's nonzero scales.
         high: int32 [N], the largest.
         tiles: of ``TILE`` rows.
@@ -142,9 +141,28 @@ def _slow_tile(p_x, p_a, p_w, p_s, N, K, chunks, live, BM: tl.constexpr, BN: tl.
     return total.to(tl.float64) * 9.5367431640625e-07
 
 
+@triton.jit
+def _dot(p_x, w, u, k, block: tl.constexpr, live, K, BN: tl.constexpr, EVEN_K: tl.constexpr):
+    """The product of one block, exact: float64 [BN, BM], × 2⁻⁷."""
+    column = k + tl.arange(0, 16)[None, :]
+    if EVEN_K:
+        x = tl.load(p_x + column, mask=live[:, None], other=0.0)
+    else:
+        x = tl.load(p_x + column, mask=live[:, None] & (column < K), other=0.0)
+    return tl.dot(_block_values(w, u, block, BN), x.T).to(tl.float64)
+
+
+@triton.jit
+def _finish(acc, p_y, p_alpha, p_bias, nan, n, end, m, M, N, BIAS: tl.constexpr):
+    """Stores the float64 sums, or the instruction's NaN where a scale of the token is one."""
+    not_a_number = tl.full(acc.shape, 0x7FFFFFFF, tl.int32).to(tl.float32, bitcast=True)
+    y = tl.where(nan[None, :] != 0, not_a_number, acc.to(tl.float32))
+    finish(y, p_y, p_alpha, p_bias, p_alpha, n, end, m, M, N, 1.0, False, BIAS)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _blackwell_linear(
-    p_x, p_a, p_w, p_s, p_low, p_high, p_y, p_alpha, p_bias, p_tiles, M, N, K, chunks,
+    p_x, p_a, p_w, p_s, p_low, p_high, p_y, p_alpha, p_bias, p_tiles, p_again, M, N, K, chunks,
     EVEN_K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     tile = p_tiles + 3 * tl.program_id(0)
@@ -154,7 +172,6 @@ def _blackwell_linear(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     live = m < M
     row = index.to(tl.int64) * M + m
-    j = tl.arange(0, 16)
     p_x += row[:, None] * K
     p_a += row * (K // 16)
     p_w += near[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -165,31 +182,42 @@ def _blackwell_linear(
     for chunk in range(chunks):
         w = tl.load(p_w + chunk * step * 8).to(tl.uint32, bitcast=True)
         u = tl.load(p_s + chunk * step).to(tl.uint32, bitcast=True)
-        for block in tl.static_range(4):
-            k = chunk * 64 + block * 16
-            if EVEN_K:
-                x = tl.load(p_x + k + j[None, :], mask=live[:, None], other=0.0)
-            else:
-                x = tl.load(p_x + k + j[None, :], mask=live[:, None] & (k + j[None, :] < K), other=0.0)
-            acc += tl.dot(_block_values(w, u, block, BN), x.T).to(tl.float64)
-        acc = _truncated(acc)
+        k = chunk * 64
+        first = _dot(p_x, w, u, k, 0, live, K, BN, EVEN_K) + _dot(p_x, w, u, k + 16, 1, live, K, BN, EVEN_K)
+        second = _dot(p_x, w, u, k + 32, 2, live, K, BN, EVEN_K) + _dot(p_x, w, u, k + 48, 3, live, K, BN, EVEN_K)
+        # exact in any order; in this one the next chunk waits for a single addition
+        acc = _truncated(acc + (first + second))
         # the upper words of magnitudes are in their order
         peak = tl.maximum(peak, (acc.to(tl.int64, bitcast=True) >> 32).to(tl.int32) & 0x7FFFFFFF)
-    acc = acc * 128.0
     low, high, nan = _token_scales(p_a, K // 16, live, BM)
     w_low, w_high = tl.load(p_low + near), tl.load(p_high + near)
     reached = (peak >> 20) - 1016  # exponent of 128 times the peak
     bad = (reached >= low[None, :] + w_low[:, None] + 28) | ((high - low)[None, :] + (w_high - w_low)[:, None] > 27)
     bad = bad & (nan == 0)[None, :]
-    if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
-        acc = _slow_tile(p_x, p_a, p_w, p_s, N, K, chunks, live, BM, BN)
-    not_a_number = tl.full((BN, BM), 0x7FFFFFFF, tl.int32).to(tl.float32, bitcast=True)
-    y = tl.where(nan[None, :] != 0, not_a_number, acc.to(tl.float32))
-    alpha = tl.load(p_alpha + near)[:, None]
-    bias = tl.load(p_bias + near)[:, None] if BIAS else alpha
-    y = scaled(y, alpha, alpha, bias, False, BIAS)
-    written = (n[:, None] < end) & (m[None, :] < M)
-    tl.store(p_y + m[None, :].to(tl.int64) * N + n[:, None], rounded(y, p_y.dtype.element_ty), mask=written)
+    slot = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(p_again + slot, tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0))
+    _finish(acc * 128.0, p_y, p_alpha, p_bias, nan, n, end, m, M, N, BIAS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _blackwell_again(
+    p_x, p_a, p_w, p_s, p_y, p_alpha, p_bias, p_tiles, p_again, M, N, K, chunks,
+    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    if tl.load(p_again + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) != 0:
+        tile = p_tiles + 3 * tl.program_id(0)
+        start, end, index = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        n = start + tl.arange(0, BN)
+        near = tl.minimum(n, end - 1)
+        m = tl.program_id(1) * BM + tl.arange(0, BM)
+        live = m < M
+        row = index.to(tl.int64) * M + m
+        p_x += row[:, None] * K
+        p_a += row * (K // 16)
+        p_w += near[:, None] * 8 + tl.arange(0, 8)[None, :]
+        acc = _slow_tile(p_x, p_a, p_w, p_s + near, N, K, chunks, live, BM, BN)
+        _, _, nan = _token_scales(p_a, K // 16, live, BM)
+        _finish(acc, p_y, p_alpha, p_bias, nan, n, end, m, M, N, BIAS)
 
 
 def blackwell_linear(x: Tensor, scale: Tensor, weight: Blocks, out_dtype: torch.dtype) -> Tensor:
@@ -205,14 +233,23 @@ def blackwell_linear(x: Tensor, scale: Tensor, weight: Blocks, out_dtype: torch.
         [M, N].
     """
     _, m, k = x.shape
-    n = weight.words.shape[1]
+    chunks, n, _ = weight.words.shape
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    if m:
-        tokens = 16 if m <= 16 else 32
-        bias = weight.bias
-        _blackwell_linear[(weight.tiles.table.shape[0], triton.cdiv(m, tokens))](
-            x, scale, weight.words, weight.scales, weight.low, weight.high, y, weight.alpha,
-            weight.alpha if bias is None else bias, weight.tiles.table, m, n, k, weight.words.shape[0], k % 64 == 0,
-            bias is not None, tokens, TILE, num_warps=2, num_stages=3, enable_fp_fusion=False,
-        )  # fmt: skip
+    if m == 0:
+        return y
+    # the matrix units of AMD take 16 columns
+    least = 16 if torch.version.hip else 8
+    tokens = max(least, min(32, triton.next_power_of_2(m)))
+    grid = (weight.tiles.table.shape[0], triton.cdiv(m, tokens))
+    again = torch.empty(grid, dtype=torch.int32, device=x.device)
+    bias, alpha = weight.bias, weight.alpha
+    _blackwell_linear[grid](
+        x, scale, weight.words, weight.scales, weight.low, weight.high, y, alpha, alpha if bias is None else bias,
+        weight.tiles.table, again, m, n, k, chunks, k % 64 == 0, bias is not None, tokens, TILE, num_warps=2,
+        num_stages=3, enable_fp_fusion=False,
+    )  # fmt: skip
+    _blackwell_again[grid](
+        x, scale, weight.words, weight.scales, y, alpha, alpha if bias is None else bias, weight.tiles.table, again, m,
+        n, k, chunks, bias is not None, tokens, TILE, num_warps=2, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
     return y

@@ -12,53 +12,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyfp4.kernels.triton.epilogue import add_segments, scaled
+from anyfp4.kernels.triton import division, workspace
+from anyfp4.kernels.triton.division import Division
+from anyfp4.kernels.triton.epilogue import finish, sum_of_segments
 from anyfp4.kernels.triton.layout import SEGMENT, segments
-from anyfp4.kernels.triton.linear_packed import tokens_per_tile
-from anyfp4.kernels.triton.numbers import rounded
-
-_TILE = 64
 
 
-@triton.jit(do_not_specialize=["M"])
-def _dense_linear(
-    p_x, p_w, p_y, p_alpha, p_bias, M, N, K, SEGMENT: tl.constexpr, FLOAT32: tl.constexpr, EVEN_K: tl.constexpr,
-    PARTIAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+@triton.jit
+def _segment(
+    p_x, p_w, live, segment, K, SEGMENT: tl.constexpr, FLOAT32: tl.constexpr, EVEN_K: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    segment = tl.program_id(2)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    near = tl.minimum(n, N - 1).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    live = m[:, None] < M
-    column = tl.arange(0, BK)
-    p_w += near[:, None] * K + column[None, :]
-    p_x += m[:, None].to(tl.int64) * K + column[None, :]
-    acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(segment * SEGMENT, tl.minimum(K, (segment + 1) * SEGMENT), BK):
+    """The sum over one segment of K: float32 [R, T]."""
+    column = tl.arange(0, STEP)
+    first = segment * SEGMENT
+    last = tl.minimum(first + SEGMENT, K)
+    acc = tl.zeros((R, T), tl.float32)
+    tl.assume(last > first)
+    for k in range(first, last, STEP):
         if EVEN_K:
-            w = tl.load(p_w + k)
-            x = tl.load(p_x + k, mask=live, other=0.0)
+            w = tl.load(p_w + k + column[None, :])
+            x = tl.load(p_x + k + column[None, :], mask=live[:, None], other=0.0)
         else:
             inside = column[None, :] + k < K
-            w = tl.load(p_w + k, mask=inside, other=0.0)
-            x = tl.load(p_x + k, mask=live & inside, other=0.0)
+            w = tl.load(p_w + k + column[None, :], mask=inside, other=0.0)
+            x = tl.load(p_x + k + column[None, :], mask=live[:, None] & inside, other=0.0)
         if FLOAT32:
             acc = tl.dot(w, x.T, acc, input_precision="ieee")
         else:
             acc = tl.dot(w, x.T, acc)
-    written = (n[:, None] < N) & (m[None, :] < M)
-    offset = m[None, :].to(tl.int64) * N + n[:, None]
-    if PARTIAL:
-        tl.store(p_y + segment.to(tl.int64) * M * N + offset, acc, mask=written)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dense_linear(
+    p_x, p_w, p_y, p_alpha, p_bias, p_sums, p_counters, M, N, K, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr, FLOAT32: tl.constexpr, EVEN_K: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    tokens, tile = tl.program_id(0), tl.program_id(1)
+    n = tile * R + tl.arange(0, R)
+    m = tokens * T + tl.arange(0, T)
+    p_w += tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    p_x += m[:, None].to(tl.int64) * K
+    if SPLIT:
+        acc = _segment(p_x, p_w, m < M, tl.program_id(2), K, SEGMENT, FLOAT32, EVEN_K, T, R, STEP)
+        slot = tile * tl.num_programs(0) + tokens
+        last, total = sum_of_segments(acc, p_sums, p_counters, slot, tl.program_id(2), SEGMENTS)
+        if last:
+            finish(total, p_y, p_alpha, p_bias, p_alpha, n, N, m, M, N, 1.0, False, BIAS)
     else:
-        alpha = tl.load(p_alpha + near)[:, None]
-        bias = tl.load(p_bias + near)[:, None] if BIAS else alpha
-        y = scaled(acc, alpha, alpha, bias, False, BIAS)
-        tl.store(p_y + offset, rounded(y, p_y.dtype.element_ty), mask=written)
+        total = tl.zeros((R, T), tl.float32)
+        for segment in range(SEGMENTS):
+            total += _segment(p_x, p_w, m < M, segment, K, SEGMENT, FLOAT32, EVEN_K, T, R, STEP)
+        finish(total, p_y, p_alpha, p_bias, p_alpha, n, N, m, M, N, 1.0, False, BIAS)
 
 
 def dense_linear(
-    x: Tensor, w: Tensor, alpha: Tensor, bias: Tensor | None, out_dtype: torch.dtype, tokens: int | None = None
+    x: Tensor, w: Tensor, alpha: Tensor, bias: Tensor | None, out_dtype: torch.dtype, work: Division | None = None
 ) -> Tensor:
     """x · wᵀ × alpha + bias.
 
@@ -68,7 +79,7 @@ def dense_linear(
         alpha: float32 [N].
         bias: float32 [N] or None.
         out_dtype: of the result.
-        tokens: of a tile; by default by M.
+        work: how it is divided; by default by M.
 
     Returns:
         [M, N].
@@ -78,17 +89,17 @@ def dense_linear(
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m == 0:
         return y
-    parts = segments(k)
-    target = torch.empty((parts, m, n), dtype=torch.float32, device=x.device) if parts > 1 else y
     if x.dtype != w.dtype:
         x, w = x.to(torch.float32), w.to(torch.float32)
     float32 = x.dtype == torch.float32
-    block = 32 if float32 else 128
-    tokens = 16 if float32 else tokens or tokens_per_tile(m)
-    _dense_linear[(triton.cdiv(n, _TILE), triton.cdiv(m, tokens), parts)](
-        x, w, target, alpha, alpha if bias is None else bias, m, n, k, SEGMENT, float32, k % block == 0, parts > 1,
-        bias is not None, tokens, _TILE, block, num_warps=4, num_stages=3, enable_fp_fusion=float32,
+    work = division.few(n, k, m, 16) if float32 else work or division.few(n, k, m)
+    step, parts = 32 if float32 else 128, segments(k)
+    rows, tokens = triton.cdiv(n, work.rows), triton.cdiv(m, work.tokens)
+    work = division.fitted(work, rows * tokens, k)
+    space = workspace.of(x)
+    _dense_linear[(tokens, rows, parts if work.split else 1)](
+        x, w, y, alpha, alpha if bias is None else bias, space.sums, space.counters, m, n, k, SEGMENT, parts,
+        work.split, float32, k % step == 0, bias is not None, work.tokens, work.rows, step, num_warps=work.warps,
+        num_stages=work.stages, enable_fp_fusion=float32,
     )  # fmt: skip
-    if parts > 1:
-        add_segments(target, y, alpha, bias, None, 1.0)
     return y

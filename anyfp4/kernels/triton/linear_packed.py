@@ -7,24 +7,28 @@ factor of 2⁻¹⁴ that the codes' places bring does not fit into the scale at 
 product may be one too, which the matrix unit would align differently, so then (``SUBNORMAL``) 2⁷ is multiplied back
 before the product; otherwise after it, with the same bits.
 
-Every tile shape gives the same bits (order over K: ``layout.py``), so tiles may depend on M.
+Every division of the work gives the same bits (order over K: ``layout.py``), so it may depend on M (``division.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyfp4.kernels.triton.epilogue import add_segments, scaled
-from anyfp4.kernels.triton.layout import SEGMENT, Tiles, segments
-from anyfp4.kernels.triton.numbers import rounded
+from anyfp4.device import architecture
+from anyfp4.kernels.triton import division, workspace
+from anyfp4.kernels.triton.division import Division
+from anyfp4.kernels.triton.epilogue import finish, sum_of_segments
+from anyfp4.kernels.triton.layout import GROUP, SEGMENT, Tiles, segments
 
-#: rows of a tile
-TILE = 64
+#: where the bulk copy engine fills shared memory
+_COPY_ENGINE = ("sm_90", "sm_100", "sm_103", "sm_120")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +37,9 @@ class Packed:
 
     Attributes:
         words: int32 [groups, N, W].
-        scales: int32 [groups · W/8, N], or None for FP8.
+        scales: int32 [groups, N, 2], or None for FP8.
         subnormal: whether a block scale is subnormal.
-        tiles: of ``TILE`` rows.
-        large_tiles: of ``gemm.BN`` rows.
+        tiles: by rows of a tile.
         k: columns.
         alpha: float32 [N].
         bias: float32 [N] or None.
@@ -45,31 +48,35 @@ class Packed:
     words: Tensor
     scales: Tensor | None
     subnormal: bool
-    tiles: Tiles
-    large_tiles: Tiles
+    tiles: Mapping[int, Tiles]
     k: int
     alpha: Tensor
     bias: Tensor | None
 
     @property
-    def group(self) -> int:
-        """Columns of a group."""
-        return self.words.shape[2] * (4 if self.scales is None else 8)
+    def bits(self) -> int:
+        """Of a weight."""
+        return 8 if self.scales is None else 4
 
     @property
     def unit(self) -> float:
         """What sums are multiplied by."""
-        if self.scales is None:
-            return 256.0
-        return 1.0 if self.subnormal else 128.0
+        return 1.0 if self.subnormal or self.scales is None else 128.0
+
+
+@triton.jit
+def concatenated(a, b):
+    """[R, C] and [R, C] side by side: [R, 2·C]."""
+    R: tl.constexpr = a.shape[0]
+    C: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (R, 2 * C))
 
 
 @triton.jit
 def half_pair(t):
     """The two float16 numbers of each word, side by side: uint32 [R, W] to float16 [R, W, 2]."""
-    # in this order LLVM joins the halves without swapping them on the way
     high = (t >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    low = (t & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    low = t.to(tl.uint16).to(tl.float16, bitcast=True)
     return tl.join(low, high)
 
 
@@ -88,91 +95,116 @@ def code_bits(w, quarter: tl.constexpr):
 
 
 @triton.jit
-def quarter_values(w, u, quarter: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SUBNORMAL: tl.constexpr):
-    """code × scale × 2⁻⁷ (or × 1) of a quarter: words [R, W], scale words [R] to float16 [R, 2·W]."""
-    values = tl.reshape(half_pair(code_bits(w, quarter)), (R, 2 * W))
+def _quarter(w, s, quarter: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
+    """code × scale × 2⁻⁷ of a quarter: words [R, W], scales [R, W / 8] to float16 [R, 2·W]."""
+    t = code_bits(w, quarter)
+    s = tl.reshape(tl.broadcast_to(s[:, :, None], (R, W // 8, 8)), (R, W))
+    # in this form and order LLVM multiplies both halves of a word at once without swapping them on the way
+    high = (t >> 16).to(tl.uint16).to(tl.float16, bitcast=True) * s
+    low = t.to(tl.uint16).to(tl.float16, bitcast=True) * s
+    return tl.reshape(tl.join(low, high), (R, 2 * W))
+
+
+@triton.jit
+def code_values(w, u, R: tl.constexpr, W: tl.constexpr, SUBNORMAL: tl.constexpr):
+    """code × scale × 2⁻⁷ (or × 1) of a group: words [R, W], scale words [R, 2] to float16 [R, 8·W]."""
+    first, second = tl.split(u)
     # bytes read in float16's places are scale × 2⁻⁸
-    if W == 32:
-        even = half_pair((u << 7) & 0x7F807F80) * 32768.0
-        odd = half_pair((u >> 1) & 0x7F807F80) * 32768.0
-        s = tl.reshape(tl.join(even, odd), (R, 4))
-    elif quarter % 2 == 0:
-        s = half_pair((u << 7) & 0x7F807F80) * 32768.0
-    else:
-        s = half_pair((u >> 1) & 0x7F807F80) * 32768.0
-    values = values * tl.reshape(tl.broadcast_to(s[:, :, None], (R, W // 8, 16)), (R, 2 * W))
+    q0 = _quarter(w, half_pair((first << 7) & 0x7F807F80) * 32768.0, 0, R, W)
+    q1 = _quarter(w, half_pair((first >> 1) & 0x7F807F80) * 32768.0, 1, R, W)
+    q2 = _quarter(w, half_pair((second << 7) & 0x7F807F80) * 32768.0, 2, R, W)
+    q3 = _quarter(w, half_pair((second >> 1) & 0x7F807F80) * 32768.0, 3, R, W)
+    values = concatenated(concatenated(q0, q1), concatenated(q2, q3))
     if SUBNORMAL:
         values = values * 128.0
     return values
 
 
 @triton.jit
-def byte_values(w, half: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
-    """E4M3 × 2⁻⁸ of a half: words [R, W] to float16 [R, 2·W]."""
-    if half == 0:
-        t = w
-    else:
-        t = w << 8
-    return tl.reshape(half_pair((t & 0x80008000) | ((t & 0x7F007F00) >> 1)), (R, 2 * W))
+def byte_values(w, R: tl.constexpr, W: tl.constexpr):
+    """E4M3 values of a group: words [R, W] to float16 [R, 4·W]."""
+    first = tl.reshape(half_pair((w & 0x80008000) | ((w & 0x7F007F00) >> 1)), (R, 2 * W))
+    second = tl.reshape(half_pair(((w << 8) & 0x80008000) | ((w & 0x007F007F) << 7)), (R, 2 * W))
+    return concatenated(first, second) * 256.0
 
 
-@triton.jit(do_not_specialize=["M"])
-def _packed_linear(
-    p_x, p_w, p_s, p_y, p_alpha, p_bias, p_row, p_tiles, M, N, K, GROUPS, SEGMENT_GROUPS, unit,
-    BITS: tl.constexpr, W: tl.constexpr, SUBNORMAL: tl.constexpr, EVEN_K: tl.constexpr, PARTIAL: tl.constexpr,
-    ROW: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+@triton.jit
+def group_values(
+    p_w, p_s, near, g, N, BITS: tl.constexpr, SUBNORMAL: tl.constexpr, R: tl.constexpr, W: tl.constexpr
 ):  # fmt: skip
-    PARTS: tl.constexpr = 4 if BITS == 4 else 2
-    tile, segment = tl.program_id(0), tl.program_id(2)
+    """Group ``g`` of rows ``near`` [R] in float16: code × scale × 2⁻⁷ (or × 1), or E4M3 values."""
+    row = tl.cast(g, tl.int64) * N + near
+    w = tl.load(p_w + row[:, None] * W + tl.arange(0, W)[None, :]).to(tl.uint32, bitcast=True)
+    if BITS == 4:
+        u = tl.load(p_s + row[:, None] * 2 + tl.arange(0, 2)[None, :]).to(tl.uint32, bitcast=True)
+        return code_values(w, u, R, W, SUBNORMAL)
+    return byte_values(w, R, W)
+
+
+@triton.jit
+def _segment(
+    x_desc, p_x, p_w, p_s, near, live, x_row, segment, N, K, groups,
+    BITS: tl.constexpr, W: tl.constexpr, SUBNORMAL: tl.constexpr, EVEN_K: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    WHOLE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, SEGMENT_GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The sum over one segment of K: float32 [R, T]."""
+    column = tl.arange(0, GROUP)
+    first = segment * SEGMENT_GROUPS
+    count = SEGMENT_GROUPS if WHOLE else tl.minimum(SEGMENT_GROUPS, groups - first)
+    acc = tl.zeros((R, T), tl.float32)
+    # a path round the loop would write to the accumulator while wgmma may be under way, and so make it wait each time
+    tl.assume(count > 0)
+    for i in range(count):
+        g = first + i
+        values = group_values(p_w, p_s, near, g, N, BITS, SUBNORMAL, R, W)
+        if DESCRIPTOR:
+            x = x_desc.load([x_row, g * GROUP])
+        elif EVEN_K:
+            x = tl.load(p_x + g * GROUP + column[None, :], mask=live[:, None], other=0.0)
+        else:
+            inside = live[:, None] & (g * GROUP + column[None, :] < K)
+            x = tl.load(p_x + g * GROUP + column[None, :], mask=inside, other=0.0)
+        acc = tl.dot(values.to(x.dtype), x.T, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "groups"])
+def _packed_linear(
+    x_desc, p_x, p_w, p_s, p_y, p_alpha, p_bias, p_row, p_tiles, p_sums, p_counters, M, N, K, groups, unit,
+    SEGMENTS: tl.constexpr, SPLIT: tl.constexpr, DESCRIPTOR: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr,
+    SUBNORMAL: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr, ROW: tl.constexpr, BIAS: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, GROUP: tl.constexpr, SEGMENT_GROUPS: tl.constexpr,
+):  # fmt: skip
+    # programs that run together share the rows of the weight
+    tokens, tile = tl.program_id(0), tl.program_id(1)
     start, end, index = tl.load(p_tiles + 3 * tile), tl.load(p_tiles + 3 * tile + 1), tl.load(p_tiles + 3 * tile + 2)
-    n = start + tl.arange(0, BN)
+    n = start + tl.arange(0, R)
     # rows past the end repeat the last one: no mask on the loads
     near = tl.minimum(n, end - 1)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    live = m[:, None] < M
-    column = tl.arange(0, 2 * W)
-    first = segment * SEGMENT_GROUPS
-    last = tl.minimum(first + SEGMENT_GROUPS, GROUPS)
-    step = tl.cast(N, tl.int64) * W
-    p_w += first * step + near[:, None] * W + tl.arange(0, W)[None, :]
-    p_s += first * (step // 8) + near
-    p_x += (index.to(tl.int64) * M + m[:, None]) * K + column[None, :]
-    acc = tl.zeros((BN, BM), tl.float32)
-    for g in range(first, last):
-        w = tl.load(p_w).to(tl.uint32, bitcast=True)
-        for part in tl.static_range(PARTS):
-            if BITS == 4:
-                u = tl.load(p_s + (part * W // 32) * N).to(tl.uint32, bitcast=True)
-                values = quarter_values(w, u, part, BN, W, SUBNORMAL)
-            else:
-                values = byte_values(w, part, BN, W)
-            k = (g * PARTS + part) * 2 * W
-            if EVEN_K:
-                x = tl.load(p_x + k, mask=live, other=0.0)
-            else:
-                x = tl.load(p_x + k, mask=live & (column[None, :] + k < K), other=0.0)
-            acc = tl.dot(values.to(x.dtype), x.T, acc)
-        p_w += step
-        p_s += step // 8
-    written = (n[:, None] < end) & (m[None, :] < M)
-    offset = m[None, :].to(tl.int64) * N + n[:, None]
-    if PARTIAL:
-        tl.store(p_y + segment.to(tl.int64) * M * N + offset, acc, mask=written)
+    m = tokens * T + tl.arange(0, T)
+    x_row = index * M + tokens * T
+    p_x += (index.to(tl.int64) * M + m[:, None]) * K
+    if SPLIT:
+        acc = _segment(
+            x_desc, p_x, p_w, p_s, near, m < M, x_row, tl.program_id(2), N, K, groups, BITS, W, SUBNORMAL, EVEN_K,
+            DESCRIPTOR, WHOLE, T, R, GROUP, SEGMENT_GROUPS,
+        )  # fmt: skip
+        slot = tile * tl.num_programs(0) + tokens
+        last, total = sum_of_segments(acc, p_sums, p_counters, slot, tl.program_id(2), SEGMENTS)
+        if last:
+            finish(total, p_y, p_alpha, p_bias, p_row, n, end, m, M, N, unit, ROW, BIAS)
     else:
-        alpha = tl.load(p_alpha + near)[:, None]
-        row = tl.load(p_row + m, mask=m < M, other=0.0)[None, :] if ROW else alpha
-        bias = tl.load(p_bias + near)[:, None] if BIAS else alpha
-        y = scaled(acc * unit, alpha, row, bias, ROW, BIAS)
-        tl.store(p_y + offset, rounded(y, p_y.dtype.element_ty), mask=written)
-
-
-def tokens_per_tile(m: int) -> int:
-    """Tokens that one program takes; any number gives the same bits."""
-    return int(max(16, min(64, triton.next_power_of_2(m))))
+        total = tl.zeros((R, T), tl.float32)
+        for segment in range(SEGMENTS):
+            total += _segment(
+                x_desc, p_x, p_w, p_s, near, m < M, x_row, segment, N, K, groups, BITS, W, SUBNORMAL, EVEN_K,
+                DESCRIPTOR, WHOLE, T, R, GROUP, SEGMENT_GROUPS,
+            )  # fmt: skip
+        finish(total, p_y, p_alpha, p_bias, p_row, n, end, m, M, N, unit, ROW, BIAS)
 
 
 def packed_linear(
-    x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor | None = None, tokens: int | None = None
+    x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor | None = None, work: Division | None = None
 ) -> Tensor:
     """x · Wᵀ × alpha + bias.
 
@@ -182,29 +214,44 @@ def packed_linear(
         weight: N rows.
         out_dtype: of the result.
         row: float32 [M], a factor of each token, or None.
-        tokens: of a tile; by default by M.
+        work: how it is divided; by default by M.
 
     Returns:
         [M, N].
     """
-    _, m, k = x.shape
-    n, w = weight.words.shape[1:]
+    q, m, k = x.shape
+    groups, n, w = weight.words.shape
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m == 0:
         return y
-    parts = segments(k)
-    target = torch.empty((parts, m, n), dtype=torch.float32, device=x.device) if parts > 1 else y
-    tokens = tokens or tokens_per_tile(m)
-    alpha, bias = weight.alpha, weight.bias
-    grid = (weight.tiles.table.shape[0], triton.cdiv(m, tokens), parts)
-    _packed_linear[grid](
-        x, weight.words, weight.words if weight.scales is None else weight.scales, target, alpha,
-        alpha if bias is None else bias, alpha if row is None else row, weight.tiles.table, m, n, k,
-        weight.words.shape[0],
-        SEGMENT // weight.group, weight.unit, 8 if weight.scales is None else 4, w, weight.subnormal,
-        k % weight.group == 0, parts > 1, row is not None, bias is not None, tokens, TILE,
-        num_warps=4, num_stages=3, enable_fp_fusion=False,
+    work = work or division.few(n, k, m)
+    parts, tiles, token_tiles = segments(k), weight.tiles[work.rows].table, triton.cdiv(m, work.tokens)
+    work = division.fitted(work, tiles.shape[0] * token_tiles, k)
+    descriptor = work.tokens >= 32 and k % 8 == 0 and _copy_engine(x.device)
+    space, alpha, bias = workspace.of(x), weight.alpha, weight.bias
+    _packed_linear[(token_tiles, tiles.shape[0], parts if work.split else 1)](
+        _descriptor(x.view(q * m, k), work.tokens) if descriptor else None, x, weight.words,
+        weight.words if weight.scales is None else weight.scales, y, alpha, alpha if bias is None else bias,
+        alpha if row is None else row, tiles, space.sums, space.counters, m, n, k, groups, weight.unit, parts,
+        work.split, descriptor, weight.bits, w, weight.subnormal, k % GROUP == 0, k % SEGMENT == 0, row is not None,
+        bias is not None, work.rows, work.tokens, GROUP, SEGMENT // GROUP, **launch_options(work, x.device),
     )  # fmt: skip
-    if parts > 1:
-        add_segments(target, y, alpha, bias, row, weight.unit)
     return y
+
+
+def launch_options(work: Division, device: torch.device) -> dict[str, Any]:
+    """Triton's options for a program of this kind."""
+    options: dict[str, Any] = {"num_warps": work.warps, "num_stages": work.stages, "enable_fp_fusion": False}
+    if work.registers and device.type == "cuda" and architecture(device) == "sm_90":
+        options["maxnreg"] = work.registers
+    return options
+
+
+def _copy_engine(device: torch.device) -> bool:
+    return device.type != "cuda" or architecture(device) in _COPY_ENGINE
+
+
+def _descriptor(x: Tensor, tokens: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415
+
+    return TensorDescriptor.from_tensor(x, [tokens, GROUP])

@@ -38,11 +38,14 @@ def e2m1_code(y):
 
 
 @triton.jit
-def e2m1_half(code):
-    """The float16 value of an int32 code 0…15: exact."""
-    # the three low bits are exponent and mantissa; in float16's places they read as value × 2⁻¹⁴
-    bits = ((code & 7) << 9) | ((code & 8) << 12)
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True) * 16384.0
+def e2m1_rounded(y):
+    """Float32 ``y`` rounded to E2M1, as float32: to nearest even, saturating, NaN is +0."""
+    m = tl.minimum(tl.abs(y), 6.0)
+    # above 2²² times the step (a half of m's power of two, at least of 1) a float32 has no finer bits: adding rounds
+    power = tl.maximum(m.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    magic = (power + 0x0B000000).to(tl.float32, bitcast=True)
+    value = ((m + magic) - magic).to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & -2147483648)
+    return tl.where(y == y, value.to(tl.float32, bitcast=True), 0.0)
 
 
 @triton.jit

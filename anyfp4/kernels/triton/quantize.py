@@ -1,8 +1,7 @@
 """Activation quantization: x [M, K] to E2M1 codes and E4M3 block scales, bit for bit as ``formats/nvfp4.py``.
 
-Every block of 16 is on its own, so the kernel sees x as a list of blocks. Each float32 operation is rounded once: no
-product feeds an addition, so there is nothing to contract into a fused multiply-add, and the one division is
-``div_rn``, as ``/`` is approximate on NVIDIA.
+Every block of 16 is on its own. Each float32 operation is rounded once: no product feeds an addition, so there is
+nothing to contract into a fused multiply-add, and the one division is ``div_rn``, as ``/`` is approximate on NVIDIA.
 
 Two forms of result: packed codes with block scales, and the products code × block_scale in float16 (exact), which
 native numerics multiplies.
@@ -15,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from anyfp4.kernels.triton.numbers import e2m1_code, e2m1_half, e4m3_bits, e4m3_float, float32_of, rounded
+from anyfp4.kernels.triton.numbers import e2m1_code, e2m1_rounded, e4m3_bits, e4m3_float, float32_of, rounded
 
-#: blocks of 16 that one program treats
-_BLOCKS = 64
+#: blocks of 16 that one program treats, for few tokens and for many
+_BLOCKS, _MANY_BLOCKS, _MANY = 64, 128, 128
 
 
 @triton.jit
@@ -30,7 +29,7 @@ def quantize_block(x, g):
         g: float32, 1 / input global_scale.
 
     Returns:
-        (codes int32 [B, 16], scale bits int32 [B], scales float32 [B]).
+        (the codes' values float32 [B, 16], scale bits int32 [B], scales float32 [B]).
     """
     # as integers, magnitudes are in order and NaN is the largest
     amax = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
@@ -38,33 +37,31 @@ def quantize_block(x, g):
     bits = e4m3_bits(tl.where(raw > 448.0, 448.0, raw))
     s = e4m3_float(bits)
     # x · (g / s): where s = 0 the quotient is infinite, and the code zero whatever the product
-    codes = e2m1_code(x * tl.div_rn(tl.zeros_like(s) + g, s)[:, None])
-    return tl.where(s[:, None] == 0.0, 0, codes), bits, s
+    values = e2m1_rounded(x * tl.div_rn(tl.zeros_like(s) + g, s)[:, None])
+    return tl.where(s[:, None] == 0.0, 0.0, values), bits, s
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit
 def _quantize(
-    p_x, p_pre, p_g, p_out, p_scale, total, KB, x_stride, PRE: tl.constexpr, VALUES: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    p_x, p_pre, p_g, p_out, p_scale, KB, x_stride, PRE: tl.constexpr, VALUES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    live = block < total
-    row, column = block // KB, (block % KB) * 16
-    j = tl.arange(0, 16)
-    x = tl.load(p_x + (row * x_stride + column)[:, None] + j[None, :], mask=live[:, None], other=0.0)
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block < KB
+    column = block[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(p_x + row * x_stride + column, mask=live[:, None], other=0.0)
     if PRE:
         # rounded to the type of x, as torch multiplies
-        pre = tl.load(p_pre + column[:, None] + j[None, :], mask=live[:, None], other=0.0)
+        pre = tl.load(p_pre + column, mask=live[:, None], other=0.0)
         x = rounded(float32_of(x) * float32_of(pre), p_x.dtype.element_ty)
-    codes, bits, s = quantize_block(float32_of(x), tl.load(p_g))
+    values, bits, s = quantize_block(float32_of(x), tl.load(p_g))
     if VALUES:
-        values = e2m1_half(codes) * s.to(tl.float16)[:, None]
-        tl.store(p_out + block[:, None] * 16 + j[None, :], values, mask=live[:, None])
+        tl.store(p_out + row * KB * 16 + column, (values * s[:, None]).to(tl.float16), mask=live[:, None])
     else:
-        low, high = tl.split(tl.reshape(codes, (BLOCKS, 8, 2)))
-        j8 = tl.arange(0, 8)
-        tl.store(p_out + block[:, None] * 8 + j8[None, :], (low | (high << 4)).to(tl.uint8), mask=live[:, None])
-    tl.store(p_scale + block, bits.to(tl.uint8), mask=live)
+        low, high = tl.split(tl.reshape(e2m1_code(values), (BLOCKS, 8, 2)))
+        j = block[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(p_out + row * KB * 8 + j, (low | (high << 4)).to(tl.uint8), mask=live[:, None])
+    tl.store(p_scale + row * KB + block, bits.to(tl.uint8), mask=live)
 
 
 def quantize_values(
@@ -106,9 +103,9 @@ def quantize_packed(x: Tensor, inverse_scale: Tensor, pre_quant_scale: Tensor | 
 
 def _launch(x: Tensor, g: Tensor, pre: Tensor | None, out: Tensor, scale: Tensor, values: bool) -> None:
     m, k = x.shape
-    total = m * (k // 16)
-    if total:
-        _quantize[(triton.cdiv(total, _BLOCKS),)](
-            x, g if pre is None else pre, g, out, scale, total, k // 16, x.stride(0), pre is not None, values,
-            BLOCKS=_BLOCKS, num_warps=4, enable_fp_fusion=False,
+    blocks = _BLOCKS if m < _MANY else _MANY_BLOCKS
+    if m and k:
+        _quantize[(m, triton.cdiv(k // 16, blocks))](
+            x, g if pre is None else pre, g, out, scale, k // 16, x.stride(0), pre is not None, values, blocks,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
