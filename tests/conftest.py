@@ -1,8 +1,8 @@
 """Fixtures that several folders share: a tiny chat model, quantized to NVFP4.
 
-On a machine without a GPU, Triton kernels are tested in Triton's interpreter. It is chosen by a variable that must be set
-before Triton is first imported, which transformers does too, so it is set here, for the whole process. Nothing else of
-the suite runs Triton kernels; tests that compile them do so in processes of their own.
+On a machine without a GPU, Triton kernels are tested in Triton's interpreter. It is chosen by a variable that must be
+set before Triton is first imported, which transformers does too, so it is set here, for the whole process. Nothing else
+of the suite runs Triton kernels; tests that compile them do so in processes of their own.
 """
 
 from __future__ import annotations
