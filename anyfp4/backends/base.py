@@ -28,7 +28,8 @@ class PreparedLinear:
         backend: name of the backend that made it.
         shape: (N, K).
         numerics: of the W4A4 product.
-        nbytes: of memory held.
+        nbytes: of memory held; it may grow with N in steps of 256 rows or of a divisor of that, alike for each step, so
+            that a few rows tell what many will take.
         data: the backend's private form.
     """
 

@@ -21,8 +21,8 @@ from anyfp4.formats.nvfp4 import NVFP4Tensor
 from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight, fp8_grid
 from anyfp4.models.config import DecoderConfig
 
-#: rows after which every layout repeats itself
-_PERIOD = 128
+#: rows after which every layout repeats itself (``PreparedLinear.nbytes``)
+_PERIOD = 256
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,10 @@ def test_against_reference(device: torch.device, v: int, rows: int, spread: floa
 
 
 def test_many_draws_of_one_row(device: torch.device) -> None:
-    x = (torch.randn(1, 300, generator=generator(3)) * 2).expand(400, 300).contiguous()
+    draws = 400 if device.type == "cuda" else 50  # the interpreter takes some 50 ms for one
+    x = (torch.randn(1, 300, generator=generator(3)) * 2).expand(draws, 300).contiguous()
     for options in ({}, {"top_k": 40}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.8, "min_p": 0.05}):
-        wanted = [Choice(seed=5, position=i, **options) for i in range(400)]
+        wanted = [Choice(seed=5, position=i, **options) for i in range(draws)]
         assert sampling.sample(x.to(device), wanted) == reference.sample(x, wanted)
 
 
