@@ -16,73 +16,100 @@ from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton import norm
 from anyfp4.kernels.triton.activation import gated
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device
+from anyfp4.kernels.triton.elementary import sum_neighbours
 from anyfp4.kernels.triton.numbers import float32_of, rounded
-from anyfp4.kernels.triton.quantize import quantize_block
-
-#: columns of a program of the activation
-_COLUMNS = 1024
+from anyfp4.kernels.triton.quantize import block_scales, over, places, products, tile
 
 
 @triton.jit
-def _store_quantized(
-    y, p_pre, p_g, p_values, p_scale, row, column, live, rows, K, PRE: tl.constexpr, SCALES: tl.constexpr
-):  # fmt: skip
-    """Quantizes y [R, N] once for each of SCALES global scales, and stores it at rows [R] and columns [N].
+def _store_quantized(y, pre, p_g, p_values, p_scale, start, size, block, live, column, SCALES: tl.constexpr):
+    """Quantizes y [B, 16] once for each of SCALES global scales, and stores values at column and scales at block.
 
-    ``y`` is in the activation's type; with PRE each column is first multiplied by its factor, and rounded, in it.
-    ``live`` is bool [R, N]; whole blocks of 16 are live or not.
+    ``y`` is in the activation's type; ``pre``, if not None, are factors by which it is first multiplied, and rounded.
+    Quantizations lie ``size`` elements apart, the first begins at ``start``; ``live`` is bool [B].
     """
-    R: tl.constexpr = y.shape[0]
-    N: tl.constexpr = y.shape[1]
-    if PRE:
-        pre = tl.load(p_pre + column, mask=column < K, other=0.0)
-        y = rounded(float32_of(y) * float32_of(pre)[None, :], y.dtype)
+    if pre is not None:
+        y = rounded(float32_of(y) * float32_of(pre), y.dtype)
     y = float32_of(y)
-    blocks = tl.reshape(y, (R * N // 16, 16))
-    # one column of each block stands for it
-    block_live = tl.max(tl.reshape(live.to(tl.int32), (R * N // 16, 16)), axis=1) > 0
     for i in tl.static_range(SCALES):
-        codes, bits, s = quantize_block(blocks, tl.load(p_g + i))
-        values = tl.reshape((codes * s[:, None]).to(tl.float16), (R, N))
-        here = (row + i * rows)[:, None] * K + column[None, :]
-        tl.store(p_values + here, values, mask=live)
-        block_here = tl.min(tl.reshape(here, (R * N // 16, 16)), axis=1) // 16
-        tl.store(p_scale + block_here, bits.to(tl.uint8), mask=block_live)
+        bits, s, scaled = block_scales(y, tl.load(p_g + i))
+        at = start + i * size
+        values = tl.reshape(products(scaled, s), column.shape)
+        tl.store(p_values + at + column, values, mask=over(live, column))
+        tl.store(p_scale + at // 16 + block, bits.to(tl.uint8), mask=live)
+
+
+@triton.jit
+def _stream(p_x, p_residual, x_here, here, live, ADD: tl.constexpr):
+    """x, or x + residual rounded to the type of x, in that type; zero where not ``live``."""
+    x = tl.load(p_x + x_here, mask=live, other=0.0)
+    if ADD:
+        residual = tl.load(p_residual + here, mask=live, other=0.0)
+        x = rounded(float32_of(x) + float32_of(residual), x.dtype)
+    return x
 
 
 @triton.jit
 def _norm_quantize(
     p_x, p_residual, p_weight, p_total, p_pre, p_g, p_values, p_scale, rows, K, x_stride, eps,
-    ADD: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr,
+    ADD: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    WHOLE: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    live = (row < rows)[:, None] & (column < K)[None, :]
-    x = float32_of(tl.load(p_x + row[:, None] * x_stride + column[None, :], mask=live, other=0.0))
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    c = tl.arange(0, ROWS * BLOCKS)
+    row, block = c // BLOCKS, c % BLOCKS
+    live = (block * 16 < K) & (first + row < rows)
+    column = places(block, WHOLE)
+    here = first * K + over(row * K, column) + column
+    x_here = first * x_stride + over(row.to(tl.int64) * x_stride, column) + column
+    x = _stream(p_x, p_residual, x_here, here, over(live, column), ADD)
+    scale_here = row * (K // 16) + block
+    if PARTS > 1:
+        # every program of a row sums it, and then takes its own part
+        block = tl.program_id(1) * (BLOCKS // PARTS) + tl.arange(0, BLOCKS // PARTS)
+        live = block * 16 < K
+        column = places(block, WHOLE)
+        here = first * K + column
+        scale_here = block
+        part = _stream(p_x, p_residual, first * x_stride + column, here, over(live, column), ADD)
+    else:
+        part = x
+    weight = float32_of(tl.load(p_weight + column, mask=over(live, column), other=0.0))
+    pre = None
+    if PRE:
+        pre = tl.reshape(tl.load(p_pre + column, mask=over(live, column), other=0.0), (block.shape[0], 16))
+    x64 = tl.reshape(float32_of(x), (ROWS * BLOCKS, 16)).to(tl.float64)
+    squares = sum_neighbours(tl.reshape(sum_neighbours(x64 * x64), (ROWS, BLOCKS)))
+    inverse = norm.inverse_root(squares, K, eps)
     if ADD:
-        here = row[:, None] * K + column[None, :]
-        x += float32_of(tl.load(p_residual + here, mask=live, other=0.0))
-        total = rounded(x, p_total.dtype.element_ty)
-        tl.store(p_total + here, total, mask=live)
-        x = float32_of(total)
-    weight = float32_of(tl.load(p_weight + column, mask=column < K, other=0.0))
-    y = rounded(x * norm.inverse_rms(x, K, eps)[:, None] * weight[None, :], p_x.dtype.element_ty)
-    _store_quantized(y, p_pre, p_g, p_values, p_scale, row, column, live, rows, K, PRE, SCALES)
+        tl.store(p_total + here, part, mask=over(live, column))
+    if PARTS > 1:
+        inverse = tl.broadcast_to(inverse, (BLOCKS // PARTS,))
+    else:
+        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, BLOCKS)), (ROWS * BLOCKS,))
+    y = float32_of(part) * over(inverse, column) * weight
+    y = tl.reshape(rounded(y, p_x.dtype.element_ty), (block.shape[0], 16))
+    _store_quantized(y, pre, p_g, p_values, p_scale, first * K, rows * K, scale_here, live, here - first * K, SCALES)
 
 
 @triton.jit
 def _silu_mul_quantize(
     p_x, p_pre, p_g, p_values, p_scale, rows, width, x_stride,
-    PRE: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr,
+    PRE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = (row < rows)[:, None] & (column < width)[None, :]
-    p_gate = p_x + row[:, None] * x_stride + column[None, :]
-    gate = float32_of(tl.load(p_gate, mask=live, other=0.0))
-    up = float32_of(tl.load(p_gate + width, mask=live, other=0.0))
-    y = rounded(gated(gate, up), p_x.dtype.element_ty)
-    _store_quantized(y, p_pre, p_g, p_values, p_scale, row, column, live, rows, width, PRE, SCALES)
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block * 16 < width
+    column = places(block, WHOLE)
+    p_gate = p_x + row * x_stride
+    gate = float32_of(tl.load(p_gate + column, mask=over(live, column), other=0.0))
+    up = float32_of(tl.load(p_gate + width + column, mask=over(live, column), other=0.0))
+    pre = None
+    if PRE:
+        pre = tl.reshape(tl.load(p_pre + column, mask=over(live, column), other=0.0), (BLOCKS, 16))
+    y = tl.reshape(rounded(gated(gate, up), p_x.dtype.element_ty), (BLOCKS, 16))
+    size = rows.to(tl.int64) * width
+    _store_quantized(y, pre, p_g, p_values, p_scale, row * width, size, block, live, column, SCALES)
 
 
 def norm_quantize(
@@ -120,13 +147,14 @@ def norm_quantize(
     values, scale = _outputs(m, k, inverse_scales)
     total = x if residual is None else torch.empty((m, k), dtype=x.dtype, device=x.device)
     rows, block, warps = norm.tile(k)
+    blocks, parts = max(1, block // 16), 1
     if m:
         with on_device(x):
-            _norm_quantize[(triton.cdiv(m, rows),)](
+            _norm_quantize[(triton.cdiv(m, rows), parts)](
                 x, x if residual is None else residual.contiguous(), weight.contiguous(), total,
                 x if pre_quant_scale is None else pre_quant_scale, inverse_scales.contiguous(), values, scale, m, k,
                 x.stride(0), eps, ADD=residual is not None, PRE=pre_quant_scale is not None, ROWS=rows,
-                BLOCK=max(16, block), SCALES=values.shape[0], num_warps=warps, enable_fp_fusion=False,
+                BLOCKS=blocks, PARTS=parts, WHOLE=True, SCALES=values.shape[0], num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return values, scale, total
 
@@ -152,10 +180,11 @@ def silu_mul_quantize(
     values, scale = _outputs(m, width, inverse_scales)
     if m:
         with on_device(gate_up):
-            _silu_mul_quantize[(m, triton.cdiv(width, _COLUMNS))](
+            blocks, warps = tile(m, width // 16)
+            _silu_mul_quantize[(m, triton.cdiv(width // 16, blocks))](
                 gate_up, gate_up if pre_quant_scale is None else pre_quant_scale, inverse_scales.contiguous(), values,
-                scale, m, width, gate_up.stride(0), PRE=pre_quant_scale is not None, BLOCK=_COLUMNS,
-                SCALES=values.shape[0], num_warps=4, enable_fp_fusion=False,
+                scale, m, width, gate_up.stride(0), PRE=pre_quant_scale is not None, BLOCKS=blocks, WHOLE=True,
+                SCALES=values.shape[0], num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return values, scale
 
