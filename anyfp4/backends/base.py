@@ -120,6 +120,16 @@ class Backend:
         """Brings a weight into the form that :meth:`linear` reads. May keep or copy; the caller drops its own."""
         return PreparedLinear(self.name, weight.shape, numerics, weight.nbytes, weight)
 
+    def workspace_nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes, beside input and output, that a product with a packed weight of (N, K) takes for a moment, at most.
+
+        Args:
+            shape: (N, K) of the layer.
+            dtype: of the activation.
+        """
+        del shape, dtype
+        return 0
+
     def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
         """See :func:`anyfp4.ops.linear.linear`."""
         return linear.linear(x, prepared.data, numerics=prepared.numerics, out_dtype=out_dtype)

@@ -146,6 +146,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             prefix_query_tokens=s.prefix_query_tokens,
             prefix_hit_tokens=s.prefix_hit_tokens,
+            prefix_evicted_blocks=s.blocks.evictions,
             preemptions=s.preemptions,
             steps=self._steps,
             finished=self._finished,

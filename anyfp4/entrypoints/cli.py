@@ -53,6 +53,11 @@ BackendOption = Annotated[
     typer.Option(help="Linear backend (see `anyfp4 backends`); one that cannot run raises.  "
                  "[default: $ANYFP4_BACKEND or auto]"),
 ]  # fmt: skip
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(help="Part of the device's memory that may be in use in all, above 0 to 1.  "
+                 "[default: 0.9 of a GPU's, all of a CPU's]"),
+]  # fmt: skip
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")]
 
 
@@ -97,6 +102,7 @@ def generate(
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="Of activations: auto, bfloat16, float16 or float32.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    memory_fraction: MemoryOption = None,
     revision: RevisionOption = None,
 ) -> None:
     """Generate text. Messages and figures go to stderr, text to stdout."""
@@ -116,6 +122,7 @@ def generate(
         stop=stop,
         logprobs=logprobs,
     )
+    config = EngineConfig(max_model_len=max_model_len, memory_fraction=memory_fraction)
     from anyfp4.entrypoints import generate as command  # noqa: PLC0415  (torch takes seconds to import)
     from anyfp4.llm import LLM  # noqa: PLC0415
 
@@ -130,7 +137,7 @@ def generate(
             backend=backend,
             device=device,
             dtype=dtype,
-            config=EngineConfig(max_model_len=max_model_len),
+            config=config,
             progress=progress,
         )
     if texts is not None:
@@ -344,6 +351,7 @@ def serve(
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory of the KV cache in GiB.  [default: from what the machine has]")
     ] = None,
+    memory_fraction: MemoryOption = None,
     prefix_caching: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True,
     revision: RevisionOption = None,
 ) -> None:
@@ -363,6 +371,7 @@ def serve(
             max_step_tokens=max_step_tokens,
             block_size=block_size,
             kv_cache_gib=kv_cache_gib,
+            memory_fraction=memory_fraction,
             prefix_caching=prefix_caching,
             host=host,
             port=port,

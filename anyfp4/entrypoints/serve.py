@@ -29,6 +29,7 @@ class Options:
     max_step_tokens: int
     block_size: int
     kv_cache_gib: float | None
+    memory_fraction: float | None
     prefix_caching: bool
     host: str
     port: int
@@ -54,6 +55,7 @@ class Options:
             max_step_tokens=self.max_step_tokens,
             block_size=self.block_size,
             kv_cache_bytes=None if gib is None else int(gib * 2**30),
+            memory_fraction=self.memory_fraction,
             enable_prefix_caching=self.prefix_caching,
         )
 
