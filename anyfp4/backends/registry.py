@@ -8,6 +8,7 @@ import torch
 
 from anyfp4.backends.base import Backend
 from anyfp4.backends.cpu import CpuBackend
+from anyfp4.backends.hopper import HopperBackend
 from anyfp4.backends.triton import TritonBackend
 from anyfp4.errors import BackendError
 
@@ -15,7 +16,7 @@ REFERENCE = Backend()
 #: in order of preference, per device type; a new backend is added here and nowhere else
 PREFERENCE: dict[str, tuple[Backend, ...]] = {
     "cpu": (CpuBackend(), REFERENCE),
-    "cuda": (TritonBackend(), REFERENCE),
+    "cuda": (HopperBackend(), TritonBackend(), REFERENCE),
 }
 
 

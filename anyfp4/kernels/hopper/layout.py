@@ -1,8 +1,8 @@
 """NVFP4 weights as the kernels here read them: one copy, for few tokens and for many.
 
 **Records.** Rows are cut into tiles of 64, K into chunks of 64 columns; N and K are padded to such multiples with zero
-codes. A record is a tile's chunk, 2304 contiguous bytes: 2048 of codes, then 256 of scales. The records of a tile follow
-each other along K, so a matrix is uint8 [tiles, chunks, 2304].
+codes. A record is a tile's chunk, 2304 contiguous bytes: 2048 of codes, then 256 of scales. The records of a tile
+follow each other along K, so a matrix is uint8 [tiles, chunks, 2304].
 
 **Codes.** 16 bytes for each thread of a warpgroup, in the order of threads. Word j of thread 32·w + 4·g + t is the left
 operand of ``wgmma`` m64k16 for columns 16j … 16j + 15, four pairs of bfloat16: of row r = 16w + g columns 2t and 2t + 1
@@ -21,15 +21,13 @@ and mask more than if the fourth were in one piece (no four places are):
 
 **Scales.** Eight bytes for each of the 32 pairs of rows r and r + 8 above, in the order of r: a word for r, a word for
 r + 8. A word is the four blocks' scales, rotated left by 4, in eight bits: five of exponent, three of mantissa and
-no sign, scale = (1 + m/8) · 2^(e − 22). All of E4M3's positive numbers fit, subnormal ones normalised. In bfloat16, bits
-11 to 4 with 0x7000 set are scale × 2¹¹⁹; in float16, bits 14 to 7 are scale × 2⁷. So one multiplication gives
+no sign, scale = (1 + m/8) · 2^(e − 22). All of E4M3's positive numbers fit, subnormal ones normalised. In bfloat16,
+bits 11 to 4 with 0x7000 set are scale × 2¹¹⁹; in float16, bits 14 to 7 are scale × 2⁷. So one multiplication gives
 code × scale × 2⁻⁷, exactly, and in bfloat16 never a subnormal number, which the matrix unit would align differently.
 The codes of a block whose scale is zero are zero.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
