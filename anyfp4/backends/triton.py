@@ -6,6 +6,7 @@ number of tokens never shows in the bits. With numerics="blackwell" W4A4 product
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +23,7 @@ from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.ops.attention import AttentionBatch
 from anyfp4.ops.linear import ACTIVATION_DTYPES
+from anyfp4.ops.sampling import Choice
 
 _HALVES = (torch.float16, torch.bfloat16)
 #: from this many tokens on, dequantizing into memory costs less than unpacking for every tile of tokens
@@ -166,6 +168,16 @@ class TritonBackend(Backend):
         """See :func:`anyfp4.ops.sampling.log_softmax`."""
         y: Tensor = kernel("softmax").log_softmax(logits)
         return y
+
+    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Backend.greedy`."""
+        ids, values = kernel("softmax").greedy(logits)
+        return ids, values
+
+    def sample(self, logits: Tensor, choices: Sequence[Choice], best: tuple[Tensor, Tensor] | None = None) -> list[int]:
+        """See :meth:`Backend.sample`."""
+        tokens: list[int] = kernel("sampling").sample(logits, choices, best)
+        return tokens
 
     def quantized_inputs(self, prepared: PreparedLinear) -> TritonNVFP4 | None:
         """How the input of a W4A4 layer is to be quantized for :meth:`quantized_linear`; None for other layers."""

@@ -118,6 +118,7 @@ class EngineConfig:
         memory_fraction: of the device's memory that may be in use in all, by other programs too, above 0 to 1; None:
             0.9 of a GPU's, and all of a CPU's. A model that needs more is refused before it is loaded.
         enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
+        cuda_graphs: launch steps of up to 512 tokens as CUDA graphs; None: where the device and the model's layers can.
     """
 
     max_model_len: int | None = None
@@ -127,6 +128,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     memory_fraction: float | None = None
     enable_prefix_caching: bool = True
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size", "kv_cache_bytes"):

@@ -6,6 +6,7 @@ import torch
 
 from anyfp4 import device as devices
 from anyfp4.engine.config import EngineConfig
+from anyfp4.engine.graphs import MOST_TOKENS
 from anyfp4.engine.model_runner import LOGITS_TILE
 from anyfp4.errors import InsufficientMemoryError, InvalidArgumentError
 from anyfp4.layers.attention import LayerCache
@@ -51,11 +52,13 @@ def activation_bytes(config: EngineConfig, shape: DecoderConfig) -> int:
 
     In the widest op of a layer, per token: the residual stream, what is added to it, the norm of their sum and its
     quantization (4 × hidden), and an op's input and output with their quantization: q/k/v, rotated, attended to; or
-    gate and up, and their product. After the layers: the logits of a tile of rows, their log-probabilities, and a copy.
+    gate and up, and their product. After the layers: the logits of a tile of rows (in a CUDA graph, of a row for each
+    sequence), their log-probabilities, and a copy.
     """
     attention = 3 * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     width = 4 * shape.hidden_size + max(attention, 4 * shape.intermediate_size)
-    logits = 3 * min(LOGITS_TILE, config.max_step_tokens) * shape.vocab_size * torch.float32.itemsize
+    rows = min(max(LOGITS_TILE, min(config.max_num_seqs, MOST_TOKENS)), config.max_step_tokens)
+    logits = 3 * rows * shape.vocab_size * torch.float32.itemsize
     return config.max_step_tokens * width * shape.dtype.itemsize + logits
 
 

@@ -345,14 +345,25 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Completions that run at the same time.")] = 64,
     max_step_tokens: Annotated[
-        int, typer.Option(help="Tokens of one step; longer prompts are cut, so that others do not wait for them.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Tokens of one step; longer prompts are cut, so that others do not wait for them.  "
+            "[default: 512 on a CPU, 2048 on a GPU]"
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of one block of the KV cache.")] = 16,
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory of the KV cache in GiB.  [default: from what the machine has]")
     ] = None,
     memory_fraction: MemoryOption = None,
     prefix_caching: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Launch steps of up to 512 tokens as CUDA graphs.  [default: where the device and the model can]",
+        ),
+    ] = None,
     revision: RevisionOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page. SIGTERM finishes what runs and exits with 0."""
@@ -373,6 +384,7 @@ def serve(
             kv_cache_gib=kv_cache_gib,
             memory_fraction=memory_fraction,
             prefix_caching=prefix_caching,
+            cuda_graphs=cuda_graphs,
             host=host,
             port=port,
             served_model_name=served_model_name,

@@ -34,7 +34,7 @@ HALVES = dict.fromkeys(("p_q", "p_k_cache", "p_v_cache", "p_out"), "*fp16")
 SINGLES = dict.fromkeys(("p_q", "p_k_cache", "p_v_cache", "p_out"), "*fp32")
 #: name -> kernel, types that differ, constants
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
-    "rms_norm": (norm._rms_norm, {}, {"ADD": False, "PRE": False, "ROWS": 8, "BLOCK": 128}),
+    "rms_norm": (norm._rms_norm, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128}),
     "add_rms_norm": (norm._rms_norm, {"p_weight": "*fp32"}, {"ADD": True, "ROWS": 1, "BLOCK": 4096}),
     "silu_mul": (activation._silu_mul, {}, {"BLOCK": 1024}),
     "norm_quantize": (fused._norm_quantize, {}, {"ADD": True, "PRE": True, "ROWS": 1, "BLOCK": 4096, "SCALES": 2}),
