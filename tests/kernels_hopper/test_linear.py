@@ -17,18 +17,13 @@ from anyfp4.kernels.hopper.quantize import quantize_values
 from anyfp4.numerics import hopper
 from anyfp4.ops import linear as reference
 from anyfp4.testing.bitwise import assert_same_bits
+from tests.kernels_hopper.sanitized import PLANS
 from tests.kernels_triton.linears import activation, nvfp4, to, values
 
 BACKEND = HopperBackend()
 CUDA = torch.device("cuda", 0)
 REASON = BACKEND.why_not(CUDA) if torch.cuda.is_available() else "torch sees no GPU"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"needs a Hopper GPU: {REASON}")]
-#: every kind of plan: both instructions, parts and clusters, one and two sets of registers
-PLANS = (
-    Plan(8, 3, 2, 1, 4, 2, sync=1), Plan(16, 2, 3, 4, 3, 2, sync=1), Plan(32, 3, 1, 1, 4, 2, sync=1),
-    Plan(8, 7, 1, 1, 4, 2), Plan(16, 3, 1, 4, 4, 2, 2), Plan(64, 2, 1, 4, 3, 2), Plan(64, 3, 1, 1, 3, 2, 2, 152),
-    Plan(128, 2, 1, 1, 3, 2, 2, 232),
-)  # fmt: skip
 
 
 def predicted(a: Tensor, w: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from anyfp4.kernels.hopper.plan import SEGMENT, Plan
 from anyfp4.kernels.hopper.plans import choose
 from anyfp4.kernels.hopper.runtime import Kernel, load, tensor_map
 
-FILES = ("async.cu", "unpack.cu", "unpack_half.cu", "multiply.cu", "linear.cu")
+FILES = (
+    "async.cu", "unpack.cu", "unpack_half.cu", "multiply.cu", "linear_copy.cu", "linear_finish.cu", "linear.cu",
+)  # fmt: skip
 #: see ``unpack_scales``
 EXPONENT = 0x70007000
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
