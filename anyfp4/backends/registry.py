@@ -9,6 +9,7 @@ import torch
 from anyfp4.backends.base import Backend
 from anyfp4.backends.cpu import CpuBackend
 from anyfp4.backends.cublas import CublasBackend
+from anyfp4.backends.hopper import HopperBackend
 from anyfp4.backends.triton import TritonBackend
 from anyfp4.errors import BackendError
 
@@ -16,7 +17,7 @@ REFERENCE = Backend()
 #: in order of preference, per device type; a new backend is added here and nowhere else
 PREFERENCE: dict[str, tuple[Backend, ...]] = {
     "cpu": (CpuBackend(), REFERENCE),
-    "cuda": (TritonBackend(), CublasBackend(), REFERENCE),
+    "cuda": (HopperBackend(), TritonBackend(), CublasBackend(), REFERENCE),
 }
 
 

@@ -84,7 +84,9 @@ class _Projection:
             return self(x), residual
         x, stream = (residual, None) if update is None else (update, residual)
         pre = self._pre(x.dtype)
-        values, scale, residual = kernel("fused").norm_quantize(x, stream, weight, eps, self.inputs.inverse_scales, pre)
+        values, scale, residual = kernel("fused").norm_quantize(
+            x, stream, weight, eps, self.inputs.inverse_scales, pre, self.inputs.values_dtype
+        )
         return self.backend.quantized_linear(values, scale, self.parts[0], x.dtype), residual
 
     def of_gate_up(self, gate_up: Tensor) -> Tensor:
@@ -92,7 +94,9 @@ class _Projection:
         if self.inputs is None:
             return self(self.backend.silu_mul(gate_up))
         pre = self._pre(gate_up.dtype)
-        values, scale = kernel("fused").silu_mul_quantize(gate_up, self.inputs.inverse_scales, pre)
+        values, scale = kernel("fused").silu_mul_quantize(
+            gate_up, self.inputs.inverse_scales, pre, self.inputs.values_dtype
+        )
         return self.backend.quantized_linear(values, scale, self.parts[0], gate_up.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:

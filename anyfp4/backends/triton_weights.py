@@ -29,6 +29,11 @@ class TritonNVFP4:
     inverse_scales: Tensor
     pre_quant_scale: Tensor | None
 
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """Of a quantized activation."""
+        return torch.float16
+
 
 @dataclass(frozen=True, eq=False)
 class TritonFP8:
@@ -66,12 +71,8 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     """Codes and scales in words; what is rare is folded in here, so that kernels need not look for it."""
     layout = kernel("layout")
     tensor, k = weight.weight, weight.shape[1]
-    scale = tensor.block_scale.view(torch.uint8)
-    nan = ((scale & 0x7F) == e4m3.NAN).any(dim=1)
-    alpha = reference.alpha(weight).repeat_interleave(torch.tensor(tensor.shard_sizes, device=tensor.device))
-    alpha = alpha.masked_fill(nan, torch.nan)
-    runs, inverses = _runs(weight)
-    magnitude = (scale & 0x7F).masked_fill(nan[:, None], 0)
+    alpha, magnitude = alpha_and_scales(weight)
+    runs, inverses = runs_of(weight)
     bias = _float(weight.bias)
     # scales first: what they need on the way is gone when the codes take their memory
     if numerics == "blackwell" and not weight.weight_only:
@@ -85,7 +86,7 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     subnormal = bool(((magnitude > 0) & (magnitude < 8)).any())
     scales = layout.pack_scales(magnitude, layout.CODE_WORDS)
     del magnitude
-    words = layout.pack_codes(_signed_codes(tensor.packed, scale), layout.CODE_WORDS)
+    words = layout.pack_codes(signed_codes(weight), layout.CODE_WORDS)
     return TritonNVFP4(_packed(words, scales, subnormal, runs, k, alpha, bias), inverses, weight.pre_quant_scale)
 
 
@@ -124,7 +125,7 @@ def _packed(
     return kernel("linear_packed").Packed(words, scales, subnormal, tiles, k, alpha, bias)
 
 
-def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], Tensor]:
+def runs_of(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], Tensor]:
     """(rows, index of the input scale) of each run of shards, and 1 / each distinct input scale."""
     sizes = weight.weight.shard_sizes
     if weight.input_global_scale is None:
@@ -143,9 +144,18 @@ def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], Tensor]:
     return runs, (1.0 / torch.tensor(distinct, dtype=torch.float32)).to(weight.weight.device)
 
 
-def _signed_codes(packed: Tensor, scale: Tensor) -> Tensor:
-    """Codes with the (never seen, but possible) negative scales' signs moved into them."""
-    negative = scale >= 0x80
+def alpha_and_scales(weight: NVFP4Weight) -> tuple[Tensor, Tensor]:
+    """float32 [N], NaN for a row with a NaN block scale; and the scales' magnitudes without NaN, uint8 [N, K/16]."""
+    tensor = weight.weight
+    scale = tensor.block_scale.view(torch.uint8)
+    nan = ((scale & 0x7F) == e4m3.NAN).any(dim=1)
+    alpha = reference.alpha(weight).repeat_interleave(torch.tensor(tensor.shard_sizes, device=tensor.device))
+    return alpha.masked_fill(nan, torch.nan), (scale & 0x7F).masked_fill(nan[:, None], 0)
+
+
+def signed_codes(weight: NVFP4Weight) -> Tensor:
+    """Packed codes with the (never seen, but possible) negative scales' signs moved into them."""
+    packed, negative = weight.weight.packed, weight.weight.block_scale.view(torch.uint8) >= 0x80
     if not bool(negative.any()):
         return packed
     return packed ^ (negative.to(torch.uint8) * 0x88).repeat_interleave(8, dim=1)

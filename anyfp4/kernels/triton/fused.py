@@ -119,6 +119,7 @@ def norm_quantize(
     eps: float,
     inverse_scales: Tensor,
     pre_quant_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm (after adding to the residual stream, if there is one) and quantization.
 
@@ -129,9 +130,10 @@ def norm_quantize(
         eps: added to the mean square.
         inverse_scales: float32 [Q], 1 / input global_scale of each quantization.
         pre_quant_scale: [K] in the dtype of x, multiplies the norm's result before it is quantized; or None.
+        dtype: of code × block_scale, float16 or bfloat16: exact in both.
 
     Returns:
-        (code × block_scale float16 [Q, M, K], block scales uint8 [Q, M, K/16], x + residual [M, K], or x without one).
+        (code × block_scale [Q, M, K], block scales uint8 [Q, M, K/16], x + residual [M, K], or x without one).
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not fit.
@@ -144,7 +146,7 @@ def norm_quantize(
         raise InvalidArgumentError(f"rows of x may have at most {norm.MAX_K} elements, got {k}")
     if weight.shape != (k,) or (residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype)):
         raise InvalidArgumentError(f"weight {list(weight.shape)} must be [{k}], the residual like x {list(x.shape)}")
-    values, scale = _outputs(m, k, inverse_scales)
+    values, scale = _outputs(m, k, inverse_scales, dtype)
     total = x if residual is None else torch.empty((m, k), dtype=x.dtype, device=x.device)
     rows, block, warps = norm.tile(k)
     blocks, parts = max(1, block // 16), 1
@@ -160,7 +162,10 @@ def norm_quantize(
 
 
 def silu_mul_quantize(
-    gate_up: Tensor, inverse_scales: Tensor, pre_quant_scale: Tensor | None = None
+    gate_up: Tensor,
+    inverse_scales: Tensor,
+    pre_quant_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> tuple[Tensor, Tensor]:
     """silu(gate) × up and quantization.
 
@@ -168,16 +173,17 @@ def silu_mul_quantize(
         gate_up: [M, 2·I] bfloat16, float16 or float32, rows of unit stride, I a multiple of 16.
         inverse_scales: float32 [Q].
         pre_quant_scale: [I] in the dtype of gate_up, or None.
+        dtype: of code × block_scale, float16 or bfloat16: exact in both.
 
     Returns:
-        (code × block_scale float16 [Q, M, I], block scales uint8 [Q, M, I/16]).
+        (code × block_scale [Q, M, I], block scales uint8 [Q, M, I/16]).
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not fit.
     """
     _check(gate_up, inverse_scales, pre_quant_scale, 2)
     m, width = gate_up.shape[0], gate_up.shape[1] // 2
-    values, scale = _outputs(m, width, inverse_scales)
+    values, scale = _outputs(m, width, inverse_scales, dtype)
     if m:
         with on_device(gate_up):
             blocks, warps = tile(m, width // 16)
@@ -207,7 +213,7 @@ def _check(x: Tensor, inverse_scales: Tensor, pre: Tensor | None, halves: int = 
         )
 
 
-def _outputs(m: int, k: int, inverse_scales: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(m: int, k: int, inverse_scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     count, device = inverse_scales.shape[0], inverse_scales.device
-    values = torch.empty((count, m, k), dtype=torch.float16, device=device)
+    values = torch.empty((count, m, k), dtype=dtype, device=device)
     return values, torch.empty((count, m, k // 16), dtype=torch.uint8, device=device)

@@ -23,6 +23,7 @@ _FLAT = 65535 * 32 * 16
 #: below it, a finite g / s
 _LARGE = tl.constexpr(2.0**116)
 
+
 @triton.jit
 def places(block, WHOLE: tl.constexpr):
     """Columns of blocks [B]: [B, 2, 8] if a thread shall hold whole blocks, [B, 16] if two threads shall share one.
