@@ -20,6 +20,9 @@ from anyfp4.backends.triton_weights import TritonNVFP4
 from anyfp4.device import architecture
 from anyfp4.formats.weights import LinearWeight, NVFP4Weight
 
+#: side by side in any plan
+MOST_ROW_TILES = 7
+
 
 @dataclass(frozen=True, eq=False)
 class HopperNVFP4(TritonNVFP4):
@@ -97,6 +100,8 @@ def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
     n, k = weight.shape
     data = _kernel("linear").Records(records, tuple(runs), n, k, alpha, bias)
+    for row_tiles in range(1, MOST_ROW_TILES + 1):
+        data.tables(row_tiles)  # now, for a copy from the host cannot be captured in a graph
     return HopperNVFP4(data, inverses, weight.pre_quant_scale)
 
 

@@ -33,7 +33,7 @@ def quantize_values(x: Tensor, inverse_scales: Tensor, pre_quant_scale: Tensor |
     values = torch.empty((q, m, k), dtype=torch.bfloat16, device=x.device)
     # four elements are read at once
     if x.stride(0) % 4 or x.data_ptr() % (4 * x.element_size()):
-        x = x.contiguous().clone() if x.is_contiguous() else x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
     quarters = m * k // 4
     if quarters:
         arguments = (x, pre_quant_scale, inverse_scales, values, quarters, k, x.stride(0))
