@@ -21,8 +21,8 @@ from torch import Tensor
 from anyfp4.backends.triton import TritonBackend
 from anyfp4.formats import e2m1
 from anyfp4.formats.nvfp4 import BLOCK_SIZE, NVFP4Tensor
-from anyfp4.formats.weights import NVFP4Weight
 from benchmarks import harness
+from benchmarks.random_model import random_weight
 
 #: bytes of weight that a graph reads: several times any L2 cache
 ROUND_BYTES = 512 << 20
@@ -53,14 +53,6 @@ def main() -> None:
         "linear", rows, gpu=properties.name, cuda=torch.version.cuda, hip=torch.version.hip,
         triton=importlib.metadata.version("triton"), copy_tb_s=round(copy_rate(), 2),
     )  # fmt: skip
-
-
-def random_weight(n: int, k: int, device: torch.device) -> NVFP4Weight:
-    """Codes and scales as a trained layer has them, drawn directly: quantizing would take longer than the benchmark."""
-    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-    scale = (torch.rand(n, k // BLOCK_SIZE, device=device) * 100 + 20).to(torch.float8_e4m3fn)
-    tensor = NVFP4Tensor(packed, scale, torch.tensor([1e-4], device=device))
-    return NVFP4Weight(tensor, torch.tensor([1e-3], device=device))
 
 
 def measure(n: int, k: int, m: int, device: torch.device, blackwell_tokens: int) -> dict[str, object]:

@@ -37,12 +37,12 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
     "rms_norm": (norm._rms_norm, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128}),
     "add_rms_norm": (norm._rms_norm, {"p_weight": "*fp32"}, {"ADD": True, "ROWS": 1, "BLOCK": 4096}),
     "silu_mul": (activation._silu_mul, {}, {"BLOCK": 1024}),
-    "norm_quantize": (fused._norm_quantize, {}, {"ADD": True, "ROWS": 1, "BLOCK": 4096, "SCALES": 2}),
+    "norm_quantize": (fused._norm_quantize, {}, {"ADD": True, "PRE": True, "ROWS": 1, "BLOCK": 4096, "SCALES": 2}),
     # an argument of 1 becomes a constant
     "norm_quantize, 1 row": (
-        fused._norm_quantize, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128, "SCALES": 1, "rows": 1},
+        fused._norm_quantize, {}, {"ADD": False, "PRE": False, "ROWS": 8, "BLOCK": 128, "SCALES": 1, "rows": 1},
     ),
-    "silu_mul_quantize": (fused._silu_mul_quantize, {}, {"BLOCK": 1024, "SCALES": 1}),
+    "silu_mul_quantize": (fused._silu_mul_quantize, {}, {"PRE": True, "BLOCK": 1024, "SCALES": 1}),
     "rope": (rope._apply_rope, {}, {"HEADS": 32, "BLOCK": 64}),
     "rope_and_write": (rope._rope_and_write, {}, {"NORM": True, "HEADS": 16, "BLOCK": 64}),
     "rope_and_write, fp8": (rope._rope_and_write, FP8, {"NORM": False, "HEADS": 16, "BLOCK": 64}),

@@ -25,7 +25,7 @@ from anyfp4.kernels.triton.numbers import rounded
 #: weight rows and tokens of a tile, columns of a step
 BN, BM, BK = 128, 128, 64
 #: elements of the workspace: 512 MiB
-_WORKSPACE = 1 << 28
+WORKSPACE = 1 << 28
 _ROW_GROUP = 8
 
 
@@ -107,7 +107,7 @@ def packed_gemm(x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor |
     Returns:
         [M, N].
     """
-    most = max(BN, _WORKSPACE // weight.k)
+    most = max(BN, WORKSPACE // weight.k)
 
     def slab(first: int, rows: int) -> Tensor:
         return dequantize(weight, first, rows, x.dtype)

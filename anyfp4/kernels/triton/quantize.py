@@ -10,8 +10,6 @@ native numerics multiplies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -71,22 +69,23 @@ def _quantize(
 
 def quantize_values(
     x: Tensor,
-    inverse_scales: Sequence[Tensor],
+    inverse_scales: Tensor,
     pre_quant_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """code × block_scale of an activation, and the block scales, once for each global scale.
 
     Args:
         x: [M, K] bfloat16, float16 or float32, rows of unit stride, K a multiple of 16.
-        inverse_scales: Q times float32 [1], 1 / input global_scale.
+        inverse_scales: float32 [Q], 1 / input global_scale of each quantization.
         pre_quant_scale: [K] in the dtype of x, or None.
 
     Returns:
         (float16 [Q, M, K], uint8 [Q, M, K/16]).
     """
     m, k = x.shape
-    values = torch.empty((len(inverse_scales), m, k), dtype=torch.float16, device=x.device)
-    scale = torch.empty((len(inverse_scales), m, k // 16), dtype=torch.uint8, device=x.device)
+    count = inverse_scales.shape[0]
+    values = torch.empty((count, m, k), dtype=torch.float16, device=x.device)
+    scale = torch.empty((count, m, k // 16), dtype=torch.uint8, device=x.device)
     for i, inverse in enumerate(inverse_scales):
         _launch(x, inverse, pre_quant_scale, values[i], scale[i], True)
     return values, scale

@@ -1,0 +1,116 @@
+"""The Hopper backend: NVFP4 layers through CUDA C++ of their own on sm_90, everything else as the Triton backend.
+
+One copy of a weight (``kernels/hopper/layout.py``) serves few tokens and many. Products keep the Triton backend's order
+over K and so its bits. The kernels are compiled by NVRTC when they are first used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyfp4.backends import triton_weights
+from anyfp4.backends.base import PreparedLinear
+from anyfp4.backends.triton import TritonBackend
+from anyfp4.backends.triton_weights import TritonNVFP4
+from anyfp4.device import architecture
+from anyfp4.formats.weights import LinearWeight, NVFP4Weight
+
+#: most tokens for which unpacking in the kernel for few of them pays
+_FEW = 256
+
+
+@dataclass(frozen=True, eq=False)
+class HopperNVFP4(TritonNVFP4):
+    """An NVFP4 layer; ``packed`` is ``kernels.hopper.linear.Records``."""
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """The kernels multiply in bfloat16."""
+        return torch.bfloat16
+
+
+class HopperBackend(TritonBackend):
+    """Kernels in CUDA C++ for H100 and H200."""
+
+    name = "hopper"
+    description = "CUDA C++ kernels for NVFP4 on H100 and H200 (sm_90), otherwise as triton"
+
+    def why_not(
+        self, device: torch.device, shape: tuple[int, int] | None = None, numerics: str = "native"
+    ) -> str | None:
+        """See :meth:`Backend.why_not`."""
+        reason = super().why_not(device, shape, numerics)
+        if reason is not None:
+            return reason
+        if architecture(device) != "sm_90":
+            return f"needs sm_90 (H100, H200), this is {architecture(device)}"
+        if _kernel("compiler").find_nvrtc() is None:
+            return "libnvrtc was not found (package nvidia-cuda-nvrtc)"
+        why_no_driver: str | None = _kernel("runtime").why_no_driver()
+        return why_no_driver
+
+    def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
+        """See :meth:`Backend.prepare`."""
+        own = isinstance(weight, NVFP4Weight) and (numerics == "native" or weight.weight_only)
+        if not own or numerics not in ("native", "blackwell"):
+            return super().prepare(weight, numerics)
+        assert isinstance(weight, NVFP4Weight)
+        data = prepare_nvfp4(weight)
+        return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(data), data)
+
+    def quantized_linear(
+        self, values: Tensor, scale: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype
+    ) -> Tensor:
+        """See :meth:`TritonBackend.quantized_linear`; for a layer of this backend's own, values are bfloat16."""
+        if not isinstance(prepared.data, HopperNVFP4):
+            return super().quantized_linear(values, scale, prepared, out_dtype)
+        return self._records(values, prepared.data.packed, out_dtype)
+
+    def _nvfp4(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype) -> Tensor:
+        data = prepared.data
+        if not isinstance(data, HopperNVFP4):
+            return super()._nvfp4(x, prepared, out_dtype)
+        pre = None if data.pre_quant_scale is None else data.pre_quant_scale.to(x.dtype)
+        if not data.inverse_scales.numel():
+            x = x if pre is None else x * pre
+            return self._records(x.contiguous().unsqueeze(0), data.packed, out_dtype)
+        values = _kernel("quantize").quantize_values(x, data.inverse_scales, pre)
+        return self._records(values, data.packed, out_dtype)
+
+    def _records(self, x: Tensor, records: Any, out_dtype: torch.dtype) -> Tensor:
+        y: Tensor
+        if x.dtype != torch.float32 and x.shape[1] <= _FEW:
+            y = _kernel("linear").linear(x, records, out_dtype)
+            return y
+        w = _kernel("dequantize").dequantize(records, x.dtype)
+        if x.dtype == torch.float32:
+            y = triton_weights.kernel("linear_dense").dense_linear(x[0], w, records.alpha, records.bias, out_dtype)
+            return y
+        gemm = triton_weights.kernel("gemm")
+        tiles = triton_weights.kernel("layout").cut(list(records.runs), gemm.BN, x.device)
+        y = gemm.dense_gemm(x, w, tiles, records.alpha, records.bias, out_dtype)
+        return y
+
+
+def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
+    """Records of each run of rows; what is rare is folded in, as the Triton backend does."""
+    runs, inverses = triton_weights.runs_of(weight)
+    alpha, magnitude = triton_weights.alpha_and_scales(weight)
+    packed = triton_weights.signed_codes(weight)
+    sizes = [rows for rows, _ in runs]
+    layout = _kernel("layout")
+    parts = [layout.pack(p, s) for p, s in zip(packed.split(sizes), magnitude.split(sizes), strict=True)]
+    records = parts[0] if len(parts) == 1 else torch.cat(parts)
+    bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
+    n, k = weight.shape
+    data = _kernel("linear").Records(records, tuple(runs), n, k, alpha, bias)
+    return HopperNVFP4(data, inverses, weight.pre_quant_scale)
+
+
+def _kernel(name: str) -> Any:
+    return import_module(f"anyfp4.kernels.hopper.{name}")
