@@ -144,6 +144,10 @@ INLINE uint4 load_shared_16(uint32 address) {
     return v;
 }
 
+INLINE void store_shared_16(uint32 address, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 INLINE uint2 load_shared_8(uint32 address) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
