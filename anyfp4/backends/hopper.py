@@ -20,9 +20,6 @@ from anyfp4.backends.triton_weights import TritonNVFP4
 from anyfp4.device import architecture
 from anyfp4.formats.weights import LinearWeight, NVFP4Weight
 
-#: most tokens for which unpacking in the kernel for few of them pays
-_FEW = 256
-
 
 @dataclass(frozen=True, eq=False)
 class HopperNVFP4(TritonNVFP4):
@@ -84,16 +81,11 @@ class HopperBackend(TritonBackend):
 
     def _records(self, x: Tensor, records: Any, out_dtype: torch.dtype) -> Tensor:
         y: Tensor
-        if x.dtype != torch.float32 and x.shape[1] <= _FEW:
-            y = _kernel("linear").linear(x, records, out_dtype)
-            return y
-        w = _kernel("dequantize").dequantize(records, x.dtype)
         if x.dtype == torch.float32:
+            w = _kernel("dequantize").dequantize(records, torch.float32)
             y = triton_weights.kernel("linear_dense").dense_linear(x[0], w, records.alpha, records.bias, out_dtype)
-            return y
-        gemm = triton_weights.kernel("gemm")
-        tiles = triton_weights.kernel("layout").cut(list(records.runs), gemm.BN, x.device)
-        y = gemm.dense_gemm(x, w, tiles, records.alpha, records.bias, out_dtype)
+        else:
+            y = _kernel("linear").linear(x, records, out_dtype)
         return y
 
 
@@ -101,11 +93,7 @@ def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
     """Records of each run of rows; what is rare is folded in, as the Triton backend does."""
     runs, inverses = triton_weights.runs_of(weight)
     alpha, magnitude = triton_weights.alpha_and_scales(weight)
-    packed = triton_weights.signed_codes(weight)
-    sizes = [rows for rows, _ in runs]
-    layout = _kernel("layout")
-    parts = [layout.pack(p, s) for p, s in zip(packed.split(sizes), magnitude.split(sizes), strict=True)]
-    records = parts[0] if len(parts) == 1 else torch.cat(parts)
+    records = _kernel("layout").pack(triton_weights.signed_codes(weight), magnitude, [rows for rows, _ in runs])
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
     n, k = weight.shape
     data = _kernel("linear").Records(records, tuple(runs), n, k, alpha, bias)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from anyfp4.backends import base, cublas, registry, triton
+from anyfp4.backends import base, cublas, hopper, registry, triton
 from anyfp4.backends.cublas import CublasBackend, swizzled
 from anyfp4.errors import BackendError, InvalidArgumentError
 from anyfp4.formats import NVFP4Tensor, quantize
@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def pretend(arch: str) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(triton, "find_spec", lambda _: object())
-        for module in (base, triton, cublas):
+        for module in (base, triton, cublas, hopper):
             monkeypatch.setattr(module, "architecture", lambda _: arch)
 
     return pretend

@@ -29,6 +29,8 @@ The codes of a block whose scale is zero are zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,30 +44,37 @@ UNIT = 128.0
 ROTATION = ((0, 0, 0, 0), (4, 4, 4, 4), (10, 10, 10, 10), (6, 14, 14, 14))
 #: where bfloat16 has those bits
 PLACE = (6, 7, 8, 15)
-#: tiles repacked at a time
-_TILES = 64
+#: codes repacked at a time; each takes some 30 bytes on the way
+_PIECE = 1 << 19
 
 
-def pack(packed: Tensor, scale: Tensor) -> Tensor:
+def pack(packed: Tensor, scale: Tensor, runs: Sequence[int] = ()) -> Tensor:
     """Records of a matrix.
 
     Args:
         packed: uint8 [N, K/2], the low nibble the even column; signs of scales moved into them.
         scale: uint8 [N, K/16], E4M3 bits without sign, no NaN.
+        runs: rows of each run; a tile holds rows of one run alone. By default all are one run.
 
     Returns:
-        uint8 [⌈N/64⌉, ⌈K/64⌉, 2304].
+        uint8 [tiles, ⌈K/64⌉, 2304]; tiles = Σ ⌈rows of a run / 64⌉.
     """
     n, k = packed.shape[0], 2 * packed.shape[1]
-    tiles, chunks = -(-n // ROWS), -(-k // COLUMNS)
-    out = torch.empty((tiles, chunks, RECORD), dtype=torch.uint8, device=packed.device)
-    for first in range(0, tiles, _TILES):
-        last = min(tiles, first + _TILES)
-        rows = slice(first * ROWS, last * ROWS)
-        codes, bits = _padded(packed[rows], last - first, chunks * 32), _padded(scale[rows], last - first, chunks * 4)
-        codes = codes.masked_fill((bits == 0).repeat_interleave(8, dim=2), 0)
-        out[first:last, :, :CODE_BYTES] = _codes(codes)
-        out[first:last, :, CODE_BYTES:] = _scales(bits)
+    runs = runs or (n,)
+    chunks = -(-k // COLUMNS)
+    out = torch.empty((sum(-(-r // ROWS) for r in runs), chunks, RECORD), dtype=torch.uint8, device=packed.device)
+    piece = max(1, _PIECE // (ROWS * k)) * ROWS
+    start = tile = 0
+    for rows in runs:
+        for first in range(start, start + rows, piece):
+            some = slice(first, min(first + piece, start + rows))
+            tiles = -(-(some.stop - first) // ROWS)
+            codes, bits = _padded(packed[some], tiles, chunks * 32), _padded(scale[some], tiles, chunks * 4)
+            codes = codes.masked_fill((bits == 0).repeat_interleave(8, dim=2), 0)
+            out[tile : tile + tiles, :, :CODE_BYTES] = _codes(codes)
+            out[tile : tile + tiles, :, CODE_BYTES:] = _scales(bits)
+            tile += tiles
+        start += rows
     return out
 
 
@@ -83,12 +92,10 @@ def _codes(packed: Tensor) -> Tensor:
     codes = codes.view(tiles, 4, 2, 8, width // 32, 4, 2, 4, 2)
     codes = codes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8)  # tile, chunk, warp, g, t, j, right, lower, half
     word = torch.zeros(codes.shape[:6], dtype=torch.int64, device=packed.device)
+    table = _code_table(packed.device)
     for pair in range(4):
         for half in range(2):
-            code = codes[..., pair >> 1, pair & 1, half]
-            for bit in range(4):
-                place = (16 * half + PLACE[bit] - ROTATION[pair][bit]) % 32
-                word |= ((code >> bit) & 1) << place
+            word |= table[pair, half][codes[..., pair >> 1, pair & 1, half]]
     return _bytes(word).view(tiles, width // 32, CODE_BYTES)
 
 
@@ -100,6 +107,17 @@ def _scales(bits: Tensor) -> Tensor:
     shifts = torch.tensor((0, 8, 16, 24), device=bits.device)
     word = (wide << shifts).sum(dim=-1)
     return _bytes(((word << 4) | (word >> 28)) & 0xFFFFFFFF).view(tiles, width // 4, SCALE_BYTES)
+
+
+def _code_table(device: torch.device) -> Tensor:
+    """int64 [4, 2, 16]: the bits of a word for each code as each half of each pair."""
+    table = torch.zeros((4, 2, 16), dtype=torch.int64)
+    for pair in range(4):
+        for half in range(2):
+            for bit in range(4):
+                place = (16 * half + PLACE[bit] - ROTATION[pair][bit]) % 32
+                table[pair, half] |= ((torch.arange(16) >> bit) & 1) << place
+    return table.to(device)
 
 
 def scale_table(device: torch.device) -> Tensor:

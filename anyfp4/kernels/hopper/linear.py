@@ -56,7 +56,9 @@ class Records:
         if len(self.runs) == 1:
             return None
         if row_tiles not in self._tables:
-            groups, rows, first = [], [], 0
+            groups: list[tuple[int, int, int]] = []
+            rows: list[tuple[int, int]] = []
+            first = 0
             for size, index in self.runs:
                 tiles = math.ceil(size / layout.ROWS)
                 for tile in range(0, tiles, row_tiles):

@@ -57,9 +57,10 @@ def _few(tiles: int, segments: int, k: int, tokens: int, processors: int) -> Pla
     most = 7 if tokens < 32 else 4
     if tiles > processors:
         rows = _side_by_side(tiles, range(2, most + 1), processors)
-        parts = min(segments, 2) if rows < 3 else 1
         step = 4 if tokens < 32 and rows > 2 else _STEP
-        return _fit(Plan(tokens, rows, parts, 1, 0, step, sync=1), k, MOST)
+        whole, halves = (Plan(tokens, rows, parts, 1, 0, step, sync=1) for parts in (1, 2))
+        split = rows == 2 and segments > 1 and halves.shared(k, stages=2) <= MOST
+        return _fit(halves if split else whole, k, MOST)
     cluster = _cluster(tiles, segments, processors)
     each = math.ceil(math.ceil(segments / cluster) / min(most, 6))
     for parts in range(math.ceil(math.ceil(segments / cluster) / each), 0, -1):
