@@ -6,8 +6,8 @@
 // two warpgroups multiply, each 64 rows × COLUMNS. A packed w (always left) comes as records (layout.py) and is unpacked
 // into registers, from where wgmma takes it, while the instructions before are under way.
 //
-// The two warpgroups share the tensor cores, and the second one lags a few stages behind: what one does besides
-// multiplying (the end of a segment, the end of a tile) falls into the other's time.
+// The two warpgroups share the tensor cores: while one unpacks, or ends a segment or a tile, the other multiplies. With
+// LAG the second one starts so many stages later.
 //
 // Macros: COLUMNS, BLOCKS (COLUMNS / 16), STAGES, CLUSTER (blocks that share the right operand), LAG, BATCH (16-column
 // steps unpacked at a time), SETS (of registers for a stage of them; 2 wants BATCH 4), KEPT (sums of segments that a
