@@ -1,4 +1,4 @@
-"""The Hopper backend: NVFP4 layers through CUDA C++ of their own on sm_90, everything else as the Triton backend.
+"""The Hopper backend: NVFP4 and dense layers through CUDA C++ on sm_90, everything else as the Triton backend.
 
 One copy of a weight (``kernels/hopper/layout.py``) serves few tokens and many. Products keep the Triton backend's order
 over K and so its bits. The kernels are compiled by NVRTC when they are first used.
@@ -16,9 +16,13 @@ from torch import Tensor
 from anyfp4.backends import triton_weights
 from anyfp4.backends.base import PreparedLinear
 from anyfp4.backends.triton import TritonBackend
-from anyfp4.backends.triton_weights import TritonNVFP4
+from anyfp4.backends.triton_weights import TritonDense, TritonNVFP4
 from anyfp4.device import architecture
-from anyfp4.formats.weights import LinearWeight, NVFP4Weight
+from anyfp4.formats.weights import DenseWeight, LinearWeight, NVFP4Weight
+
+#: most tokens for the kernel that has as many blocks as it can; from here on one of large tiles is faster
+_FEW = 256
+_HALVES = (torch.bfloat16, torch.float16)
 
 #: side by side in any plan
 MOST_ROW_TILES = 7
@@ -32,6 +36,13 @@ class HopperNVFP4(TritonNVFP4):
     def values_dtype(self) -> torch.dtype:
         """The kernels multiply in bfloat16."""
         return torch.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class HopperDense(TritonDense):
+    """An unquantized layer; ``runs`` is ``kernels.hopper.runs.Runs``."""
+
+    runs: Any
 
 
 class HopperBackend(TritonBackend):
@@ -56,6 +67,9 @@ class HopperBackend(TritonBackend):
 
     def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
         """See :meth:`Backend.prepare`."""
+        if isinstance(weight, DenseWeight) and weight.weight.dtype in _HALVES:
+            dense = prepare_dense(weight)
+            return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(dense), dense)
         own = isinstance(weight, NVFP4Weight) and (numerics == "native" or weight.weight_only)
         if not own or numerics not in ("native", "blackwell"):
             return super().prepare(weight, numerics)
@@ -87,8 +101,19 @@ class HopperBackend(TritonBackend):
         if x.dtype == torch.float32:
             w = _kernel("dequantize").dequantize(records, torch.float32)
             y = triton_weights.kernel("linear_dense").dense_linear(x[0], w, records.alpha, records.bias, out_dtype)
+        elif x.shape[1] > _FEW:
+            y = _kernel("gemm").packed_gemm(_aligned(x), records, out_dtype)
         else:
             y = _kernel("linear").linear(x, records, out_dtype)
+        return y
+
+    def _dense(self, x: Tensor, data: TritonDense, out_dtype: torch.dtype) -> Tensor:
+        (m, k), w = x.shape, data.weight
+        own = isinstance(data, HopperDense) and x.dtype == w.dtype and k % 8 == 0 and m > 0
+        if not own or w.data_ptr() % 16 or not _kernel("gemm").dense_pays(m, w.shape[0]):
+            return super()._dense(x, data, out_dtype)
+        assert isinstance(data, HopperDense)
+        y: Tensor = _kernel("gemm").dense_gemm(_aligned(x), w, data.runs, data.bias, out_dtype)
         return y
 
 
@@ -103,6 +128,18 @@ def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
     for row_tiles in range(1, MOST_ROW_TILES + 1):
         data.tables(row_tiles)  # now, for a copy from the host cannot be captured in a graph
     return HopperNVFP4(data, inverses, weight.pre_quant_scale)
+
+
+def prepare_dense(weight: DenseWeight) -> HopperDense:
+    """As it is."""
+    data = triton_weights.prepare_dense(weight)
+    runs = _kernel("runs").runs_of([(weight.shape[0], 0)], data.weight.device)
+    return HopperDense(data.weight, data.tiles, data.alpha, data.bias, runs)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The bulk copy engine reads from multiples of 16 bytes."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _kernel(name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from anyfp4.kernels.hopper import layout
 from anyfp4.kernels.hopper.plan import SEGMENT, Plan
 from anyfp4.kernels.hopper.plans import choose
+from anyfp4.kernels.hopper.runs import Runs, runs_of
 from anyfp4.kernels.hopper.runtime import Kernel, load, tensor_map
 
 FILES = (
@@ -45,6 +47,11 @@ class Records:
     alpha: Tensor
     bias: Tensor | None
     _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @cached_property
+    def by_run(self) -> Runs:
+        """The runs as ``gemm.cu`` reads them."""
+        return runs_of(self.runs, self.records.device)
 
     def tables(self, row_tiles: int) -> tuple[Tensor, Tensor] | None:
         """What ``linear.cu`` calls groups and rows; None if all rows are of one run."""
