@@ -177,12 +177,15 @@ def nbytes(data: TritonNVFP4 | TritonFP8 | TritonFP8Blocks | TritonDense) -> int
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:
-    for value in vars(data).values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from (t for t in value if isinstance(t, Tensor))
-        elif isinstance(value, dict):
-            yield from (t for tiles in value.values() for t in _tensors(tiles))
-        elif hasattr(value, "__dataclass_fields__"):
-            yield from _tensors(value)
+    """The tensors in a dataclass, and in what it holds."""
+    if isinstance(data, Tensor):
+        yield data
+        return
+    if isinstance(data, dict):
+        data = data.values()
+    elif hasattr(data, "__dataclass_fields__"):
+        data = vars(data).values()
+    elif not isinstance(data, tuple):
+        return
+    for value in data:
+        yield from _tensors(value)

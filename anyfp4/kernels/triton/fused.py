@@ -108,7 +108,7 @@ def _silu_mul_quantize(
     if PRE:
         pre = tl.reshape(tl.load(p_pre + column, mask=over(live, column), other=0.0), (BLOCKS, 16))
     y = tl.reshape(rounded(gated(gate, up), p_x.dtype.element_ty), (BLOCKS, 16))
-    size = rows.to(tl.int64) * width
+    size = tl.cast(rows, tl.int64) * width
     _store_quantized(y, pre, p_g, p_values, p_scale, row * width, size, block, live, column, SCALES)
 
 
