@@ -30,7 +30,7 @@ def choices(count: int, seed: int) -> list[Choice]:
     ]
 
 
-@pytest.mark.parametrize(("v", "rows"), [(1, 3), (50, 40), (4097, 40), (9000, 24)])
+@pytest.mark.parametrize(("v", "rows"), [(1, 3), (50, 24), (4097, 16), (9000, 8)])
 @pytest.mark.parametrize("spread", [0.2, 4.0])
 def test_against_reference(device: torch.device, v: int, rows: int, spread: float) -> None:
     """Flat rows need more candidates than there are for a large top_p; steep ones do not."""
@@ -41,15 +41,16 @@ def test_against_reference(device: torch.device, v: int, rows: int, spread: floa
     expected = reference.sample(x, wanted)
     assert sampling.sample(x.to(device), wanted) == expected
     assert sampling.sample(x.to(device), wanted, greedy(x.to(device))) == expected
-    for i in range(0, rows, 7):
+    for i in range(0, rows, 11):
         assert sampling.sample(x[i : i + 1].to(device), wanted[i : i + 1]) == expected[i : i + 1]
 
 
 def test_many_draws_of_one_row(device: torch.device) -> None:
-    draws = 400 if device.type == "cuda" else 50  # the interpreter takes some 50 ms for one
-    x = (torch.randn(1, 300, generator=generator(3)) * 2).expand(draws, 300).contiguous()
+    # the interpreter takes 50 ms a row
+    count = 400 if device.type == "cuda" else 24
+    x = (torch.randn(1, 300, generator=generator(3)) * 2).expand(count, 300).contiguous()
     for options in ({}, {"top_k": 40}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.8, "min_p": 0.05}):
-        wanted = [Choice(seed=5, position=i, **options) for i in range(draws)]
+        wanted = [Choice(seed=5, position=i, **options) for i in range(count)]
         assert sampling.sample(x.to(device), wanted) == reference.sample(x, wanted)
 
 

@@ -65,7 +65,7 @@ def tile(k: int) -> tuple[int, int, int]:
     """(rows of a program, columns that it holds, warps) for rows of ``k``; nothing else goes into it."""
     block = power_of_two(k)
     rows = max(1, 1024 // block)
-    return rows, block, min(16, max(1, rows * block // 512))
+    return rows, block, min(16, max(1, rows * block // 1024))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

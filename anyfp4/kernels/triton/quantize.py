@@ -18,8 +18,8 @@ from torch import Tensor
 from anyfp4.kernels.triton.checks import power_of_two
 from anyfp4.kernels.triton.numbers import e2m1_code, e2m1_magnitude, e4m3_rounded, float32_of, rounded
 
-#: elements that programs of 32 blocks can reach in one row
-_FLAT = 65535 * 32 * 16
+#: elements that programs can reach in one row
+_FLAT = 65535 * 64 * 16
 #: below it, a finite g / s
 _LARGE = tl.constexpr(2.0**116)
 
@@ -28,7 +28,9 @@ _LARGE = tl.constexpr(2.0**116)
 def places(block, WHOLE: tl.constexpr):
     """Columns of blocks [B]: [B, 2, 8] if a thread shall hold whole blocks, [B, 16] if two threads shall share one.
 
-    A load or store of up to 16 bytes a thread puts neighbours of the last axis in one thread, then of the first.
+    Loads of 16 bytes a thread put neighbours of the last axis in one thread, and the first axis across threads (Triton
+    3.6; 3.9 lets two threads share a block either way). Only for at least as many blocks as threads: with fewer, halves
+    of a block lie in lanes far apart, and 3.6 reduces them wrongly.
     """
     if WHOLE:
         column = (block * 16)[:, None, None] + (tl.arange(0, 2) * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
@@ -144,20 +146,22 @@ def quantize_packed(x: Tensor, inverse_scale: Tensor, pre_quant_scale: Tensor | 
     return packed, scale.view(torch.float8_e4m3fn)
 
 
-def tile(rows: int, blocks: int) -> tuple[int, int]:
-    """(blocks of a program, warps) for rows of so many blocks: a thread to a block, or to four elements of few."""
-    at_once = 128 if rows * blocks >= 1 << 15 else 32
-    return min(at_once, max(16, power_of_two(blocks))), 4
+def tile(rows: int, blocks: int, few: int) -> tuple[int, int, bool]:
+    """(blocks of a program, warps, WHOLE) for rows of so many blocks, ``few`` a program where there are few in all."""
+    if rows * blocks >= 1 << 16:
+        # 4096 x 12288 on an H200: 50 us, and 52 us where two threads share a block
+        return 128, 4, True
+    return min(few, power_of_two(blocks)), 4, False
 
 
 def _launch(x: Tensor, g: Tensor, pre: Tensor | None, out: Tensor, scale: Tensor, values: bool) -> None:
     m, k = x.shape
     if pre is None and x.is_contiguous() and m * k <= _FLAT:
-        # blocks know nothing of rows
+        # one row: blocks know nothing of rows
         m, k = 1, m * k
     if m and k:
-        at_once, warps = tile(m, k // 16)
+        at_once, warps, whole = tile(m, k // 16, 64)
         _quantize[(m, triton.cdiv(k // 16, at_once))](
             x, g if pre is None else pre, g, out, scale, k // 16, x.stride(0), pre is not None, values,
-            BLOCKS=at_once, WHOLE=True, num_warps=warps, enable_fp_fusion=False,
+            BLOCKS=at_once, WHOLE=whole, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

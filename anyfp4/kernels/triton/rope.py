@@ -19,7 +19,7 @@ from anyfp4.kernels.triton.kv_cache import as_stored, check_caches, inverse_scal
 from anyfp4.kernels.triton.norm import inverse_root
 from anyfp4.kernels.triton.numbers import float32_of, rounded
 
-#: elements of half heads that a program holds
+#: elements of half heads that a program of the rotation alone holds
 _TILE = 2048
 
 
@@ -200,7 +200,9 @@ def rope_and_write(
     if qkv.stride(2) != 1 or qkv.stride(1) != dim:
         qkv = qkv.contiguous()
     block = power_of_two(half)
-    at_once = min(power_of_two(heads), max(1, _TILE // 2 // block))
+    # few tokens want many programs
+    tile, warps = (256, 4) if tokens < 64 else (512, 2)
+    at_once = min(power_of_two(heads), max(1, tile // block))
     groups = triton.cdiv(heads, at_once) + 2 * triton.cdiv(kv_heads, at_once)
     with on_device(qkv):
         _rope_and_write[(tokens, groups)](
@@ -208,7 +210,7 @@ def rope_and_write(
             qkv if k_norm is None else k_norm.contiguous(), q, as_stored(k_cache), as_stored(v_cache),
             slots.contiguous(), heads, kv_heads, cos_sin.shape[0], k_cache.shape[0] * k_cache.shape[1], qkv.stride(0),
             half, inverse_scale(k_scale, k_cache), inverse_scale(v_scale, v_cache), eps,
-            NORM=q_norm is not None, HEADS=at_once, BLOCK=block, EVEN=block == half, num_warps=4,
+            NORM=q_norm is not None, HEADS=at_once, BLOCK=block, EVEN=block == half, num_warps=warps,
             enable_fp_fusion=False,
         )  # fmt: skip
     return q
