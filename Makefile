@@ -36,12 +36,15 @@ endef
 $(STAMP): pyproject.toml constraints.txt
 	$(call install,serve)
 
-# torch for CUDA and for ROCm come with the Triton that they need, the latter under another name; torch for the CPU comes
-# with none, and the tests of the kernels want one. So it is no extra of the package: pip could not tell these apart.
+# torch for CUDA and for ROCm come with the Triton that they need, the latter under another name, and torch for CUDA with
+# NVRTC; torch for the CPU comes with neither, and the tests of the kernels want them. So they are no extra of the
+# package: pip could not tell these apart.
 $(DEV): pyproject.toml constraints.txt
 	$(call install,dev)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet \
 		--constraint constraints.txt 'triton; platform_system == "Linux"'
+	$(BIN)/python -c 'import nvidia.cu13' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+		--constraint constraints.txt 'nvidia-cuda-nvrtc>=13; platform_system == "Linux" and platform_machine == "x86_64"'
 	touch $(STAMP)
 
 clean:
