@@ -75,7 +75,7 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     if numerics == "blackwell" and not weight.weight_only:
         blackwell = _kernel("linear_blackwell")
         words = layout.pack_codes(tensor.packed, blackwell.WORDS)
-        tiles = layout.cut(runs, blackwell.TILE, tensor.device)
+        tiles = {rows: layout.cut(runs, rows, tensor.device) for rows in blackwell.ROWS}
         packed = blackwell.Blocks(
             words, layout.pack_scales(magnitude, blackwell.WORDS), *_exponents(magnitude), tiles, k, alpha, bias
         )
