@@ -36,8 +36,12 @@ endef
 $(STAMP): pyproject.toml constraints.txt
 	$(call install,serve)
 
+# torch for CUDA and for ROCm come with the Triton that they need, the latter under another name; torch for the CPU comes
+# with none, and the tests of the kernels want one. So it is no extra of the package: pip could not tell these apart.
 $(DEV): pyproject.toml constraints.txt
 	$(call install,dev)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+		--constraint constraints.txt 'triton; platform_system == "Linux"'
 	touch $(STAMP)
 
 clean:

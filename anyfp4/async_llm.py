@@ -12,8 +12,10 @@ import contextlib
 import itertools
 import math
 import time
+import weakref
 from collections import deque
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -34,20 +36,25 @@ class RequestStream:
     """The outputs of one request, as they come: an async iterator of cumulative outputs, the last one finished.
 
     Outputs that came since the last one was taken are merged: the newest holds them all. Leaving ``async with``, or
-    ``aclose``, ends an unfinished request.
+    ``aclose``, ends an unfinished request, and so does dropping the stream.
 
     Attributes:
         request_id: names the request.
         prompt_token_ids: what the prompt was encoded to.
     """
 
-    def __init__(self, owner: AsyncLLM, request_id: str, prompt_token_ids: tuple[int, ...], count: int) -> None:
+    def __init__(self, owner: AsyncLLM, request_id: str, prompt_token_ids: tuple[int, ...]) -> None:
         self.request_id, self.prompt_token_ids = request_id, prompt_token_ids
-        self._owner, self._count = owner, count
+        self._owner = owner
         self._latest: RequestOutput | None = None
         self._ended = False  # nothing comes after ``_latest``
         self._error: EngineStoppedError | None = None
         self._wake = asyncio.Event()
+
+    def __del__(self) -> None:
+        """Nobody will read the rest: ends the request if it runs."""
+        if not self._ended:
+            self._owner._abort_later(self.request_id)
 
     def __aiter__(self) -> Self:
         return self
@@ -64,14 +71,15 @@ class RequestStream:
             if self._ended:
                 raise StopAsyncIteration
             self._wake.clear()
-            await self._wake.wait()
+            with self._owner._held(self):
+                await self._wake.wait()
         output, self._latest = self._latest, None
         return output
 
     def abort(self) -> None:
         """Ends the request if it runs; the iterator then yields its last output, with ``finish_reason`` ``abort``."""
         if not self._ended:
-            self._owner._abort(self)
+            self._owner._abort(self.request_id)
 
     async def aclose(self) -> None:
         """Ends the request if it runs; the iterator yields nothing more."""
@@ -99,6 +107,14 @@ class RequestStream:
             self._wake.set()
 
 
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A request that has not ended: its stream, if anybody still has it, and its number of sequences."""
+
+    stream: weakref.ref[RequestStream]
+    count: int
+
+
 class AsyncLLM:
     """Serves many requests at a time from one event loop; results are those of :class:`LLM`, bit for bit.
 
@@ -121,7 +137,8 @@ class AsyncLLM:
         self._limit = llm.config.max_num_seqs + max_waiting
         self._worker = Worker(llm.engine, llm.tokenizer, self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, RequestStream] = {}
+        self._requests: dict[str, _Open] = {}
+        self._awaited: set[RequestStream] = set()
         self._open = 0  # sequences that were submitted and whose request has not ended
         self._finished_at: deque[float] = deque(maxlen=_RATE_WINDOW)
         self._closing = False
@@ -156,8 +173,8 @@ class AsyncLLM:
         if drain and not self._idle.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout)
-        for stream in list(self._streams.values()):
-            stream.abort()
+        for request_id in self._requests:
+            self._abort(request_id)
         self._worker.stop()
         await self._stopped.wait()
         self._worker.join()  # it has said its last word
@@ -200,10 +217,10 @@ class AsyncLLM:
         text, tokens = self.llm.encode(prompt)
         self.llm.engine.check(tokens, params)
         request_id = request_id if request_id is not None else f"request-{next(self._ids)}"
-        if request_id in self._streams:
+        if request_id in self._requests:
             raise InvalidArgumentError(f"request_id {request_id!r} is in use")
-        stream = RequestStream(self, request_id, tuple(tokens), params.n)
-        self._streams[request_id] = stream
+        stream = RequestStream(self, request_id, tuple(tokens))
+        self._requests[request_id] = _Open(weakref.ref(stream), params.n)
         self._open += params.n
         self._idle.clear()
         self._worker.put(Add(request_id, text, tokens, params))
@@ -215,8 +232,23 @@ class AsyncLLM:
         if not self.healthy:
             raise self._stopped_error()
 
-    def _abort(self, stream: RequestStream) -> None:
-        self._worker.put(Abort(stream.request_id))
+    def _abort(self, request_id: str) -> None:
+        self._worker.put(Abort(request_id))
+
+    def _abort_later(self, request_id: str) -> None:
+        """As :meth:`_abort`, from wherever the garbage collector happens to run."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the thread ends with it
+            self._loop.call_soon_threadsafe(self._abort, request_id)
+
+    @contextlib.contextmanager
+    def _held(self, stream: RequestStream) -> Iterator[None]:
+        """Keeps a stream alive while a task waits for it: the event loop itself holds tasks by weak references."""
+        self._awaited.add(stream)
+        try:
+            yield
+        finally:
+            self._awaited.discard(stream)
 
     def _retry_after(self, count: int) -> int:
         """Seconds in which about ``count`` sequences end, as they did lately."""
@@ -244,20 +276,22 @@ class AsyncLLM:
 
     def _receive(self, event: Event) -> None:
         for output in event.outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                stream._put(output)
+            request = self._requests.get(output.request_id)
+            if request is not None:
+                if (stream := request.stream()) is not None:
+                    stream._put(output)
                 if output.finished:
-                    self._forget(stream)
+                    self._forget(output.request_id)
         if event.stopped:
-            for stream in list(self._streams.values()):
-                stream._end(self._stopped_error())
-                self._forget(stream)
+            for request_id, request in list(self._requests.items()):
+                if (stream := request.stream()) is not None:
+                    stream._end(self._stopped_error())
+                self._forget(request_id)
             self._stopped.set()
 
-    def _forget(self, stream: RequestStream) -> None:
-        del self._streams[stream.request_id]
-        self._open -= stream._count
-        self._finished_at.extend([time.monotonic()] * stream._count)
-        if not self._streams:
+    def _forget(self, request_id: str) -> None:
+        count = self._requests.pop(request_id).count
+        self._open -= count
+        self._finished_at.extend([time.monotonic()] * count)
+        if not self._requests:
             self._idle.set()

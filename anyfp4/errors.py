@@ -7,6 +7,7 @@
     │   └── TensorError            a tensor is missing, extra, or has a wrong shape, dtype or value
     ├── UnsupportedError           a valid request that anyfp4 does not implement (algorithm, architecture, option)
     ├── BackendError               a backend that was asked for by name cannot run here
+    ├── InsufficientMemoryError    a model does not fit its device
     ├── EngineError                the engine cannot take a request now
     │   ├── QueueFullError         too many sequences wait already
     │   └── EngineStoppedError     it was shut down, or its thread died
@@ -18,6 +19,7 @@ The message says what is wrong, where (file, tensor, field or flag), and what wo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -58,6 +60,21 @@ class UnsupportedError(AnyFP4Error):
 
 class BackendError(AnyFP4Error):
     """A backend that was asked for by name cannot run here."""
+
+
+class InsufficientMemoryError(AnyFP4Error):
+    """A model does not fit the memory of its device.
+
+    Attributes:
+        parts: what is needed, bytes by what they are for.
+        needed: their sum.
+        available: bytes that could be taken.
+    """
+
+    def __init__(self, message: str, *, parts: Mapping[str, int], available: int) -> None:
+        self.parts = dict(parts)
+        self.needed, self.available = sum(parts.values()), available
+        super().__init__(message)
 
 
 class EngineError(AnyFP4Error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from anyfp4 import device as devices
 from anyfp4 import envs
 from anyfp4.checkpoint.locate import locate
 from anyfp4.checkpoint.reader import Checkpoint
+from anyfp4.engine import kv_cache
 from anyfp4.engine.config import EngineConfig, SamplingParams
 from anyfp4.engine.engine import Engine
 from anyfp4.engine.outputs import CompletionOutput, RequestOutput
@@ -62,6 +64,7 @@ class LLM:
             UnsupportedError: the architecture, the quantization or an option is not supported.
             BackendError: the backend that was asked for cannot run here.
             InvalidArgumentError: a wrong argument.
+            InsufficientMemoryError: the model does not fit its device.
         """
         environment = envs.read()
         numerics = numerics or environment.numerics
@@ -81,6 +84,8 @@ class LLM:
                 backend=backend or environment.backend,
                 max_positions=config.max_model_len,
                 progress=progress,
+                beside=partial(kv_cache.needed, config),
+                memory_fraction=config.memory_fraction,
             )
         self.model = str(model)
         self.config = config

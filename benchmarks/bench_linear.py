@@ -1,11 +1,11 @@
 """W4A4 linear on a GPU: microseconds for each call, against cuBLAS in bfloat16 and against plain emulation.
 
-    python -m benchmarks.bench_linear [--shapes 24576x4096,…] [--tokens 1,16,64,256,1024,4096]
+    python -m benchmarks.bench_linear [--backend NAME] [--shapes 24576x4096,…] [--tokens 1,16,64,256,1024,4096]
 
 Every candidate runs as a CUDA graph over copies of its weight that together exceed the L2 cache several times; the
-quantization of the activation is part of a W4A4 call. ``emulation`` dequantizes the weight to bfloat16 in each call and
-multiplies, as libraries without a kernel do. TB/s count the bytes of packed codes and block scales, or of the bfloat16
-weight; figures are medians of replays, candidates taking turns.
+quantization of the activation is part of a W4A4 call (``us``; ``product us`` is without). ``emulation`` dequantizes the
+weight to bfloat16 in each call and multiplies, as libraries without a kernel do. TB/s count the bytes of packed codes
+and block scales, or of the bfloat16 weight; figures are medians of replays, candidates taking turns.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from anyfp4.backends import registry
 from anyfp4.backends.triton import TritonBackend
+from anyfp4.backends.triton_weights import kernel
+from anyfp4.errors import BackendError
 from anyfp4.formats import e2m1
 from anyfp4.formats.nvfp4 import BLOCK_SIZE, NVFP4Tensor
-from anyfp4.formats.weights import NVFP4Weight
 from benchmarks import harness
+from benchmarks.random_model import random_weight
 
 #: bytes of weight that a graph reads: several times any L2 cache
 ROUND_BYTES = 512 << 20
@@ -35,45 +38,45 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES, help="N×K, comma-separated")
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
     parser.add_argument("--blackwell-tokens", type=int, default=256, help="most tokens for numerics='blackwell'")
+    parser.add_argument("--backend", default="auto", help="auto, hopper or triton")
     options = parser.parse_args()
     device = torch.device("cuda")
-    reason = TritonBackend().why_not(device)
-    if reason is not None:
-        sys.exit(f"the triton backend cannot run here: {reason}")
+    try:
+        backend = registry.select(device, requested=options.backend)
+    except BackendError as error:
+        sys.exit(str(error))
+    if not isinstance(backend, TritonBackend):
+        sys.exit(f"{backend.name} has no kernels for GPUs")
     rows = []
     for shape in options.shapes.split(","):
         n, k = map(int, shape.split("x"))
         for m in map(int, options.tokens.split(",")):
-            rows.append(measure(n, k, m, device, options.blackwell_tokens))
+            rows.append(measure(backend, n, k, m, options.blackwell_tokens))
             print(rows[-1], file=sys.stderr, flush=True)
     columns = list(rows[0])
     print(harness.table(columns, [[row[c] for c in columns] for row in rows]))
     properties = torch.cuda.get_device_properties(device)
     harness.report(
-        "linear", rows, gpu=properties.name, cuda=torch.version.cuda, hip=torch.version.hip,
+        "linear", rows, backend=backend.name, gpu=properties.name, cuda=torch.version.cuda, hip=torch.version.hip,
         triton=importlib.metadata.version("triton"), copy_tb_s=round(copy_rate(), 2),
     )  # fmt: skip
 
 
-def random_weight(n: int, k: int, device: torch.device) -> NVFP4Weight:
-    """Codes and scales as a trained layer has them, drawn directly: quantizing would take longer than the benchmark."""
-    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-    scale = (torch.rand(n, k // BLOCK_SIZE, device=device) * 100 + 20).to(torch.float8_e4m3fn)
-    tensor = NVFP4Tensor(packed, scale, torch.tensor([1e-4], device=device))
-    return NVFP4Weight(tensor, torch.tensor([1e-3], device=device))
-
-
-def measure(n: int, k: int, m: int, device: torch.device, blackwell_tokens: int) -> dict[str, object]:
-    backend = TritonBackend()
+def measure(backend: TritonBackend, n: int, k: int, m: int, blackwell_tokens: int) -> dict[str, object]:
+    device = torch.device("cuda")
     x = torch.randn(m, k, device=device).bfloat16()
     weight = random_weight(n, k, device)
     packed_bytes = n * k * 9 // 16
     native = [backend.prepare(weight) for _ in range(copies(packed_bytes))]
     dense = [torch.randn(n, k, device=device).bfloat16() for _ in range(copies(2 * n * k))]
     plain = [random_weight(n, k, device).weight for _ in range(copies(packed_bytes))]
+    inputs = native[0].data
+    values, scale = kernel("quantize").quantize_values(x, inputs.inverse_scales)
+    values = values.to(inputs.values_dtype)
     table = torch.tensor(e2m1.VALUES, dtype=torch.bfloat16, device=device)
     candidates: dict[str, tuple[Callable[[int], object], int]] = {
         "native": (lambda i: backend.linear(x, native[i]), len(native)),
+        "product": (lambda i: backend.quantized_linear(values, scale, native[i], x.dtype), len(native)),
         "cublas": (lambda i: torch.nn.functional.linear(x, dense[i]), len(dense)),
         "emulation": (lambda i: emulate(x, plain[i], table), min(2, len(plain))),
     }
@@ -86,6 +89,7 @@ def measure(n: int, k: int, m: int, device: torch.device, blackwell_tokens: int)
         "NxK": f"{n}x{k}",
         "M": m,
         "us": round(us["native"], 1),
+        "product us": round(us["product"], 1),
         "TB/s": round(packed_bytes / us["native"] / 1e6, 2),
         "TFLOP/s": round(flop / us["native"] / 1e6, 1),
         "cublas us": round(us["cublas"], 1),

@@ -1,11 +1,27 @@
-"""Fixtures that several folders share: a tiny chat model, quantized to NVFP4."""
+"""Fixtures that several folders share: a tiny chat model, quantized to NVFP4.
+
+On a machine without a GPU, Triton kernels are tested in Triton's interpreter. It is chosen by a variable that must be
+set before Triton is first imported, which transformers does too, so it is set here, for the whole process. Nothing else
+of the suite runs Triton kernels; tests that compile them do so in processes of their own.
+"""
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_report_header() -> str | None:
+    """Says what is left out."""
+    return None if find_spec("triton") else "Triton is not installed: tests/kernels_triton is left out"
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"

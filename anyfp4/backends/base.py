@@ -28,7 +28,8 @@ class PreparedLinear:
         backend: name of the backend that made it.
         shape: (N, K).
         numerics: of the W4A4 product.
-        nbytes: of memory held.
+        nbytes: of memory held; it may grow with N in steps of 256 rows or of a divisor of that, alike for each step, so
+            that a few rows tell what many will take.
         data: the backend's private form.
     """
 
@@ -107,6 +108,8 @@ class Backend:
     name = "reference"
     #: one line for ``anyfp4 backends``
     description = "readable torch code; runs anywhere, slowly"
+    #: why it is never chosen unless it is asked for by name; None where it may be
+    by_name_only: str | None = None
 
     def why_not(
         self, device: torch.device, shape: tuple[int, int] | None = None, numerics: str = "native"
@@ -119,6 +122,16 @@ class Backend:
     def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
         """Brings a weight into the form that :meth:`linear` reads. May keep or copy; the caller drops its own."""
         return PreparedLinear(self.name, weight.shape, numerics, weight.nbytes, weight)
+
+    def workspace_nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes, beside input and output, that a product with a packed weight of (N, K) takes for a moment, at most.
+
+        Args:
+            shape: (N, K) of the layer.
+            dtype: of the activation.
+        """
+        del shape, dtype
+        return 0
 
     def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
         """See :func:`anyfp4.ops.linear.linear`."""
@@ -193,3 +206,18 @@ class Backend:
     def log_softmax(self, logits: Tensor) -> Tensor:
         """See :func:`anyfp4.ops.sampling.log_softmax`."""
         return sampling.log_softmax(logits)
+
+    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The largest logit of each row of float32 [M, V]: (ids int64 [M], values [M]), for :meth:`sample`.
+
+        None where that is no work of its own. Captured in CUDA graphs, so nothing waits for the device.
+        """
+        del logits
+        return None
+
+    def sample(
+        self, logits: Tensor, choices: Sequence[sampling.Choice], best: tuple[Tensor, Tensor] | None = None
+    ) -> list[int]:
+        """See :func:`anyfp4.ops.sampling.sample`; ``best`` is what :meth:`greedy` gave for these logits, if known."""
+        del best
+        return sampling.sample(logits, choices)

@@ -8,6 +8,8 @@ import torch
 
 from anyfp4.backends.base import Backend
 from anyfp4.backends.cpu import CpuBackend
+from anyfp4.backends.cublas import CublasBackend
+from anyfp4.backends.hopper import HopperBackend
 from anyfp4.backends.triton import TritonBackend
 from anyfp4.errors import BackendError
 
@@ -15,7 +17,7 @@ REFERENCE = Backend()
 #: in order of preference, per device type; a new backend is added here and nowhere else
 PREFERENCE: dict[str, tuple[Backend, ...]] = {
     "cpu": (CpuBackend(), REFERENCE),
-    "cuda": (TritonBackend(), REFERENCE),
+    "cuda": (HopperBackend(), TritonBackend(), CublasBackend(), REFERENCE),
 }
 
 
@@ -38,6 +40,8 @@ def select(
 ) -> Backend:
     """The backend for a linear on ``device``: the first that can run, or exactly the one that was asked for.
 
+    One that is there only by name is passed over unless it is asked for.
+
     Args:
         device: where the weights lie.
         shape: (N, K) of the layer; None asks in general.
@@ -59,7 +63,7 @@ def select(
         return backend
     reasons = []
     for backend in candidates:
-        reason = _why_not(backend, device, shape, numerics)
+        reason = _why_not(backend, device, shape, numerics) or backend.by_name_only
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
@@ -83,7 +87,8 @@ def table(device: torch.device, *, numerics: str = "native", requested: str = "a
     for backend in all_backends():
         reason = _why_not(backend, device, None, numerics)
         if reason is None and backend is not chosen:
-            reason = "not the one asked for" if requested != "auto" else f"{chosen.name} is preferred here"
+            other = "not the one asked for" if requested != "auto" else f"{chosen.name} is preferred here"
+            reason = backend.by_name_only or other
         rows.append(Row(backend.name, backend.description, backend is chosen, reason))
     return rows
 

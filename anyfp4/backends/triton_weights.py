@@ -21,13 +21,18 @@ class TritonNVFP4:
 
     Attributes:
         packed: ``kernels.triton.linear_packed.Packed`` or, for numerics="blackwell", ``linear_blackwell.Blocks``.
-        inverse_scales: float32 [1] each: 1 / input global_scale of each quantization; none if weight-only.
+        inverse_scales: float32 [Q]: 1 / input global_scale of each quantization; Q = 0 if weight-only.
         pre_quant_scale: [K] or None.
     """
 
     packed: Any
-    inverse_scales: tuple[Tensor, ...]
+    inverse_scales: Tensor
     pre_quant_scale: Tensor | None
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """Of a quantized activation."""
+        return torch.float16
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,49 +62,50 @@ class TritonDense:
     bias: Tensor | None
 
 
-def _kernel(name: str) -> Any:
+def kernel(name: str) -> Any:
+    """A module of kernels; importing it imports Triton."""
     return import_module(f"anyfp4.kernels.triton.{name}")
 
 
 def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
     """Codes and scales in words; what is rare is folded in here, so that kernels need not look for it."""
-    layout = _kernel("layout")
+    layout = kernel("layout")
     tensor, k = weight.weight, weight.shape[1]
-    scale = tensor.block_scale.view(torch.uint8)
-    nan = ((scale & 0x7F) == e4m3.NAN).any(dim=1)
-    alpha = reference.alpha(weight).repeat_interleave(torch.tensor(tensor.shard_sizes, device=tensor.device))
-    alpha = alpha.masked_fill(nan, torch.nan)
-    runs, inverses = _runs(weight)
-    magnitude = (scale & 0x7F).masked_fill(nan[:, None], 0)
+    alpha, magnitude = alpha_and_scales(weight)
+    runs, inverses = runs_of(weight)
     bias = _float(weight.bias)
+    # scales first: what they need on the way is gone when the codes take their memory
     if numerics == "blackwell" and not weight.weight_only:
-        blackwell = _kernel("linear_blackwell")
+        blackwell = kernel("linear_blackwell")
+        scales, exponents = layout.pack_scales(magnitude, blackwell.WORDS), _exponents(magnitude)
+        del magnitude
         words = layout.pack_codes(tensor.packed, blackwell.WORDS)
         tiles = {rows: layout.cut(runs, rows, tensor.device) for rows in blackwell.ROWS}
-        packed = blackwell.Blocks(
-            words, layout.pack_scales(magnitude, blackwell.WORDS), *_exponents(magnitude), tiles, k, alpha, bias
-        )
+        packed = blackwell.Blocks(words, scales, *exponents, tiles, k, alpha, bias)
         return TritonNVFP4(packed, inverses, weight.pre_quant_scale)
     subnormal = bool(((magnitude > 0) & (magnitude < 8)).any())
-    words = layout.pack_codes(_signed_codes(tensor.packed, scale), layout.CODE_WORDS)
     scales = layout.pack_scales(magnitude, layout.CODE_WORDS)
+    del magnitude
+    words = layout.pack_codes(signed_codes(weight), layout.CODE_WORDS)
     return TritonNVFP4(_packed(words, scales, subnormal, runs, k, alpha, bias), inverses, weight.pre_quant_scale)
 
 
 def prepare_fp8(weight: FP8Weight) -> TritonFP8 | TritonFP8Blocks:
     """The bytes in words."""
-    layout = _kernel("layout")
+    layout = kernel("layout")
     n, k = weight.shape
     data = weight.weight.view(torch.uint8)
-    nan = (data & 0x7F) == e4m3.NAN
-    words = layout.pack_bytes(data.masked_fill(nan, 0), layout.BYTE_WORDS)
+    rows = data.split(max(1, layout.PIECE // k))  # a comparison of the whole takes as much memory as the weight
+    nan = torch.cat([((part & 0x7F) == e4m3.NAN).any(dim=1) for part in rows])
+    if bool(nan.any()):
+        data = data.masked_fill((data & 0x7F) == e4m3.NAN, 0)
+    words = layout.pack_bytes(data, layout.BYTE_WORDS)
     bias, one = _float(weight.bias), torch.ones(1, device=data.device)
-    alpha = (one if weight.block_wise else weight.weight_scale).expand(n).masked_fill(nan.any(dim=1), torch.nan)
+    alpha = (one if weight.block_wise else weight.weight_scale).expand(n).masked_fill(nan, torch.nan).contiguous()
     if weight.block_wise:
-        kernel = _kernel("linear_fp8_block")
-        packed = kernel.Fp8Blocks(words, weight.weight_scale.contiguous(), k, alpha.contiguous(), bias)
+        packed = kernel("linear_fp8_block").Fp8Blocks(words, weight.weight_scale.contiguous(), k, alpha, bias)
         return TritonFP8Blocks(packed, weight.weight_only)
-    packed = _packed(words, None, False, [(n, 0)], k, alpha.contiguous(), bias)
+    packed = _packed(words, None, False, [(n, 0)], k, alpha, bias)
     return TritonFP8(packed, weight.input_scale, weight.weight_only)
 
 
@@ -107,7 +113,7 @@ def prepare_dense(weight: DenseWeight) -> TritonDense:
     """As it is."""
     n, _ = weight.shape
     w = weight.weight.contiguous()
-    tiles = _kernel("layout").cut_all([(n, 0)], w.device)
+    tiles = kernel("layout").cut_all([(n, 0)], w.device)
     return TritonDense(w, tiles, torch.ones(n, device=w.device), _float(weight.bias))
 
 
@@ -115,15 +121,15 @@ def _packed(
     words: Tensor, scales: Tensor | None, subnormal: bool, runs: list[tuple[int, int]], k: int, alpha: Tensor,
     bias: Tensor | None,
 ) -> Any:  # fmt: skip
-    tiles = _kernel("layout").cut_all(runs, words.device)
-    return _kernel("linear_packed").Packed(words, scales, subnormal, tiles, k, alpha, bias)
+    tiles = kernel("layout").cut_all(runs, words.device)
+    return kernel("linear_packed").Packed(words, scales, subnormal, tiles, k, alpha, bias)
 
 
-def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], tuple[Tensor, ...]]:
+def runs_of(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], Tensor]:
     """(rows, index of the input scale) of each run of shards, and 1 / each distinct input scale."""
     sizes = weight.weight.shard_sizes
     if weight.input_global_scale is None:
-        return [(sum(sizes), 0)], ()
+        return [(sum(sizes), 0)], torch.empty(0, dtype=torch.float32, device=weight.weight.device)
     distinct: list[float] = []
     runs: list[tuple[int, int]] = []
     for size, value in zip(sizes, weight.input_global_scale.tolist(), strict=True):
@@ -134,15 +140,22 @@ def _runs(weight: NVFP4Weight) -> tuple[list[tuple[int, int]], tuple[Tensor, ...
             runs[-1] = (runs[-1][0] + size, index)
         else:
             runs.append((size, index))
-    device = weight.weight.device
     # the division is the reference's: float32, on the CPU
-    scales = 1.0 / torch.tensor(distinct, dtype=torch.float32)
-    return runs, tuple(s.reshape(1).to(device) for s in scales)
+    return runs, (1.0 / torch.tensor(distinct, dtype=torch.float32)).to(weight.weight.device)
 
 
-def _signed_codes(packed: Tensor, scale: Tensor) -> Tensor:
-    """Codes with the (never seen, but possible) negative scales' signs moved into them."""
-    negative = scale >= 0x80
+def alpha_and_scales(weight: NVFP4Weight) -> tuple[Tensor, Tensor]:
+    """float32 [N], NaN for a row with a NaN block scale; and the scales' magnitudes without NaN, uint8 [N, K/16]."""
+    tensor = weight.weight
+    scale = tensor.block_scale.view(torch.uint8)
+    nan = ((scale & 0x7F) == e4m3.NAN).any(dim=1)
+    alpha = reference.alpha(weight).repeat_interleave(torch.tensor(tensor.shard_sizes, device=tensor.device))
+    return alpha.masked_fill(nan, torch.nan), (scale & 0x7F).masked_fill(nan[:, None], 0)
+
+
+def signed_codes(weight: NVFP4Weight) -> Tensor:
+    """Packed codes with the (never seen, but possible) negative scales' signs moved into them."""
+    packed, negative = weight.weight.packed, weight.weight.block_scale.view(torch.uint8) >= 0x80
     if not bool(negative.any()):
         return packed
     return packed ^ (negative.to(torch.uint8) * 0x88).repeat_interleave(8, dim=1)
@@ -164,12 +177,15 @@ def nbytes(data: TritonNVFP4 | TritonFP8 | TritonFP8Blocks | TritonDense) -> int
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:
-    for value in vars(data).values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from (t for t in value if isinstance(t, Tensor))
-        elif isinstance(value, dict):
-            yield from (t for tiles in value.values() for t in _tensors(tiles))
-        elif hasattr(value, "__dataclass_fields__"):
-            yield from _tensors(value)
+    """The tensors in a dataclass, and in what it holds."""
+    if isinstance(data, Tensor):
+        yield data
+        return
+    if isinstance(data, dict):
+        data = data.values()
+    elif hasattr(data, "__dataclass_fields__"):
+        data = vars(data).values()
+    elif not isinstance(data, tuple):
+        return
+    for value in data:
+        yield from _tensors(value)

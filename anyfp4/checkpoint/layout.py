@@ -139,32 +139,36 @@ def linear(
         names: the layout.
         scheme: how the module is stored.
         module: its name.
-        raw: its tensors by suffix, as the files hold them; the result shares their memory.
+        raw: its tensors by suffix, as the files hold them; the result shares their memory. The matrix may lie on
+            another device than the rest, which follows it there once it is checked.
         infos: the same tensors' headers.
 
     Raises:
         TensorError: a block scale is NaN or negative, a global or FP8 scale is not positive and finite (or its
             reciprocal is not), or a ``pre_quant_scale`` is not finite.
     """
+    device = raw[names.packed if scheme.kind == "nvfp4" else "weight"].device
 
     def scalars(suffix: str, divisor: bool = False) -> Tensor:
-        return positive_scales(raw[suffix], f"{module}.{suffix}", infos[suffix].file, divisor)
+        return positive_scales(raw[suffix], f"{module}.{suffix}", infos[suffix].file, divisor).to(device)
 
-    bias = raw.get("bias")
+    bias = raw["bias"].to(device) if "bias" in raw else None
     if scheme.kind == "fp8":
         if scheme.block_wise:
             scale = fp8_block_scales(raw["weight_scale"], f"{module}.weight_scale", infos["weight_scale"].file)
+            scale = scale.to(device)
         else:
             scale = scalars("weight_scale")
         input_scale = None if scheme.input_dynamic or scheme.weight_only else scalars("input_scale")
         return FP8Weight(raw["weight"], scale, input_scale, bias, scheme.weight_only)
     block_scale = raw[names.block_scale]
     check_block_scale(block_scale, f"{module}.{names.block_scale}", infos[names.block_scale].file)
-    weight = NVFP4Tensor(raw[names.packed], block_scale, scalars(names.weight_global, names.divisors))
+    weight = NVFP4Tensor(raw[names.packed], block_scale.to(device), scalars(names.weight_global, names.divisors))
     pre_quant_scale = None
     if names.pre_quant_scale is not None and names.pre_quant_scale in raw:
         pre_quant_scale = raw[names.pre_quant_scale]
         check_finite(pre_quant_scale, f"{module}.{names.pre_quant_scale}", infos[names.pre_quant_scale].file)
+        pre_quant_scale = pre_quant_scale.to(device)
     input_scale = None if scheme.weight_only else scalars(names.input_global, names.divisors)
     return NVFP4Weight(weight, input_scale, pre_quant_scale, bias)
 

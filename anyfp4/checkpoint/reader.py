@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anyfp4.checkpoint import layout
 from anyfp4.checkpoint.checks import check_tensors, kv_scale_names, names_of
 from anyfp4.checkpoint.config import read_config, read_json, read_quantization
+from anyfp4.checkpoint.describe import described
 from anyfp4.checkpoint.files import INDEX_FILE, scan
 from anyfp4.checkpoint.layout import FLOATS, QUANTIZATION_SUFFIXES, TensorInfo
 from anyfp4.checkpoint.scheme import QuantizationConfig, Scheme
@@ -80,16 +83,24 @@ class Checkpoint:
         """The names of all quantized modules, sorted."""
         return sorted(module for module in self._modules if self._is_quantized(module))
 
+    def described(self) -> Iterator[tuple[str, LinearWeight]]:
+        """Every linear layer, quantized or not: its name, and its weight on the meta device, without data."""
+        for module, infos in self._modules.items():
+            weight = described(self.quantization, module, infos)
+            if weight is not None:
+                yield module, weight
+
     def scheme_of(self, module: str) -> Scheme:
         """How a linear module is stored."""
         return self.quantization.scheme_of(module)
 
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None, device: torch.device | None = None) -> Tensor:
         """An unquantized tensor, in memory of its own.
 
         Args:
             name: its name.
             shape: what it must be; not checked if None.
+            device: where it goes; the CPU by default.
 
         Raises:
             TensorError: it is missing, or has another shape, or is not float32, bfloat16 or float16.
@@ -103,15 +114,22 @@ class Checkpoint:
             )
         _check_shape(name, info, shape, info.shape)
         self._asked.add(name)
-        return self._reader.read(name)
+        return self._reader.read(name, device)
 
-    def linear(self, module: str, shape: tuple[int, int] | None = None, bias: bool | None = None) -> LinearWeight:
+    def linear(
+        self,
+        module: str,
+        shape: tuple[int, int] | None = None,
+        bias: bool | None = None,
+        device: torch.device | None = None,
+    ) -> LinearWeight:
         """A linear layer's weight, whatever it is stored as, in memory of its own.
 
         Args:
             module: its name.
             shape: (N, K) that it must have; not checked if None.
             bias: True if it must have a bias, False if it must not, None to take what is there.
+            device: where it goes; the CPU by default. Its matrix goes there straight, its scales are checked first.
 
         Raises:
             TensorError: a tensor is missing, unexpected, of a wrong shape or dtype, or a scale has a bad value.
@@ -126,7 +144,7 @@ class Checkpoint:
             raise TensorError(what, file=file, tensor=f"{module}.bias")
         scheme = self.scheme_of(module)
         if scheme.kind == "dense":
-            weight = self.tensor(f"{module}.weight", shape)
+            weight = self.tensor(f"{module}.weight", shape, device)
             if weight.dim() != 2:
                 raise TensorError(
                     f"must be a matrix [N, K], got {list(weight.shape)}",
@@ -134,14 +152,14 @@ class Checkpoint:
                     tensor=f"{module}.weight",
                 )
             n = weight.shape[0]
-            return DenseWeight(weight, self.tensor(f"{module}.bias", (n,)) if "bias" in infos else None)
+            return DenseWeight(weight, self.tensor(f"{module}.bias", (n,), device) if "bias" in infos else None)
         names = names_of(self.quantization)
         layout.check_module(names, scheme, module, infos)
         main = names.packed if scheme.kind == "nvfp4" else "weight"
         n, columns = infos[main].shape
         stored = (n, 2 * columns if scheme.kind == "nvfp4" else columns)
         _check_shape(f"{module}.{main}", infos[main], shape, stored)
-        raw = {suffix: self._reader.read(f"{module}.{suffix}") for suffix in infos}
+        raw = {s: self._reader.read(f"{module}.{s}", device if s == main else None) for s in infos}
         self._asked.update(f"{module}.{suffix}" for suffix in infos)
         return layout.linear(names, scheme, module, raw, infos)
 

@@ -48,6 +48,8 @@ class BlockManager:
         # the lowest block is handed out first
         self._blank = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
+        #: idle blocks that were overwritten, and so cannot be found any more
+        self.evictions = 0
 
     @property
     def num_free(self) -> int:
@@ -92,6 +94,7 @@ class BlockManager:
         else:
             block, _ = self._idle.popitem(last=False)
             self._forget(block)
+            self.evictions += 1
         self._references[block] = 1
         return block
 

@@ -112,9 +112,13 @@ class EngineConfig:
         max_num_seqs: sequences that run at the same time.
         max_step_tokens: tokens of one step; longer prompts are cut into chunks.
         block_size: tokens of one block of the KV cache.
-        kv_cache_bytes: of the KV cache; None: a quarter of the machine's memory, or what ``max_num_seqs`` sequences of
-            ``max_model_len`` tokens need, if that is less.
+        kv_cache_bytes: of the KV cache; None: what ``max_num_seqs`` sequences of ``max_model_len`` tokens need, but no
+            more than what ``memory_fraction`` leaves after the weights and a step's activations, or, on a CPU, where
+            that is None, a quarter of the machine's memory.
+        memory_fraction: of the device's memory that may be in use in all, by other programs too, above 0 to 1; None:
+            0.9 of a GPU's, and all of a CPU's. A model that needs more is refused before it is loaded.
         enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
+        cuda_graphs: launch steps of up to 512 tokens as CUDA graphs; None: where the device and the model's layers can.
     """
 
     max_model_len: int | None = None
@@ -122,12 +126,16 @@ class EngineConfig:
     max_step_tokens: int = 2048
     block_size: int = 16
     kv_cache_bytes: int | None = None
+    memory_fraction: float | None = None
     enable_prefix_caching: bool = True
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size", "kv_cache_bytes"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be 1 or more, got {value}")
+        fraction = self.memory_fraction
+        _require(fraction is None or 0 < fraction <= 1, f"memory_fraction must be in (0, 1], got {fraction}")
 
 
 def _require(condition: bool, message: str) -> None:

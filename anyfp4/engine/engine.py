@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from anyfp4.engine import kv_cache, sampler
 from anyfp4.engine.config import EngineConfig, SamplingParams
-from anyfp4.engine.model_runner import ModelRunner
+from anyfp4.engine.graphs import StepGraphs, why_no_graphs
+from anyfp4.engine.model_runner import Logits, ModelRunner
 from anyfp4.engine.outputs import FinishReason, TokenLogprobs
 from anyfp4.engine.scheduler import Scheduled, Scheduler
 from anyfp4.engine.sequence import Sequence
 from anyfp4.engine.stats import EngineStats
 from anyfp4.errors import AnyFP4Error, InvalidArgumentError
+from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
 from anyfp4.ops import philox, sampling
 
@@ -46,6 +49,10 @@ class Engine:
             model: the decoder; its rotary table bounds the length of a sequence.
             config: sizes.
             eos: tokens that end a sequence, besides those of the model's config.
+
+        Raises:
+            InvalidArgumentError: the cache cannot be as small as that; or CUDA graphs were asked for where there are
+                none.
         """
         self.model = model
         self.config = config
@@ -54,11 +61,43 @@ class Engine:
         self.scheduler = Scheduler(
             blocks, config.block_size, config.max_num_seqs, config.max_step_tokens, config.enable_prefix_caching
         )
-        self.runner = ModelRunner(model, kv_cache.allocate(model, blocks, config.block_size), config.block_size)
+        caches = kv_cache.allocate(model, blocks, config.block_size)
+        self.graphs = self._step_graphs(caches)
+        self.runner = ModelRunner(model, caches, config.block_size, self.graphs)
         vocab = model.config.vocab_size
         self.eos = frozenset(token for token in (*model.config.eos_token_ids, *eos) if 0 <= token < vocab)
         self._prompt_tokens = self._generated_tokens = self._steps = self._finished = 0
         self._schedule_seconds = self._step_seconds = 0.0
+
+    def _step_graphs(self, caches: SequenceOf[LayerCache]) -> StepGraphs | None:
+        wanted, config = self.config.cuda_graphs, self.config
+        reason = why_no_graphs(self.model)
+        if wanted and reason is not None:
+            raise InvalidArgumentError(f"cuda_graphs = True: {reason}")
+        if wanted is False or reason is not None:
+            return None
+        blocks = min(-(-self.max_model_len // config.block_size), self.scheduler.num_blocks)
+        return StepGraphs(self.model, caches, config.max_num_seqs, config.max_step_tokens, blocks)
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Runs what the first requests would wait for: compiling kernels, capturing graphs. Nothing is stored.
+
+        Without it, all of that happens when it is first needed.
+
+        Args:
+            progress: called with (steps done, steps in all).
+        """
+        if self.model.device.type != "cuda":
+            return
+        say = progress or (lambda done, total: None)
+        prompts = self.runner.padding_sizes(self.config.max_step_tokens)
+        graphs = len(self.graphs.shapes) if self.graphs is not None else 0
+        with self.model.ops.quiet():
+            for done, tokens in enumerate(prompts, start=1):
+                self.runner.run_padding(tokens)
+                say(done, len(prompts) + graphs)
+            if self.graphs is not None:
+                self.graphs.capture_all(lambda done, total: say(len(prompts) + done, len(prompts) + total))
 
     def check(self, tokens: SequenceOf[int], params: SamplingParams) -> int:
         """Refuses a prompt that cannot run; safe to call from any thread.
@@ -146,6 +185,7 @@ class Engine:
             generated_tokens=self._generated_tokens,
             prefix_query_tokens=s.prefix_query_tokens,
             prefix_hit_tokens=s.prefix_hit_tokens,
+            prefix_evicted_blocks=s.blocks.evictions,
             preemptions=s.preemptions,
             steps=self._steps,
             finished=self._finished,
@@ -184,12 +224,11 @@ class Engine:
 
     def _compute(self, step: SequenceOf[Scheduled]) -> list[_Result]:
         """Runs the model and chooses tokens; changes no sequence."""
-        hidden = self.runner.run(step)
+        computed = self.runner.run(step)
         results = [_Result(item, []) for item in step]
         rows, owners = self._wanted_rows(results)
-        for tile, logits in self.runner.logits(hidden, rows):
-            own = [owners[row] for row in tile]
-            self._choose(logits, own)
+        for tile in self.runner.logits(computed, rows):
+            self._choose(tile, [owners[row] for row in tile.rows])
         return results
 
     def _wanted_rows(self, results: SequenceOf[_Result]) -> tuple[list[int], dict[int, tuple[_Result, int]]]:
@@ -209,24 +248,32 @@ class Engine:
             offset += item.count
         return list(owners), owners
 
-    def _choose(self, logits: torch.Tensor, owners: SequenceOf[tuple[_Result, int]]) -> None:
-        """Log-probabilities and tokens from one tile of logits [len(owners), V], which is changed."""
-        scored = [i for i, (result, position) in enumerate(owners) if _candidates(result, position) is not None]
-        rows = logits if len(scored) == len(owners) else logits[scored]
-        logprobs = dict(zip(scored, self.model.ops.log_softmax(rows).cpu().numpy(), strict=True)) if scored else {}
-        host = logits.cpu().numpy()
+    def _choose(self, tile: Logits, owners: SequenceOf[tuple[_Result, int]]) -> None:
+        """Log-probabilities and tokens from some rows of logits [len(owners), V], which are changed."""
+        logits, ops = tile.values, self.model.ops
+        scored = [i for i, owner in enumerate(owners) if _candidates(*owner) is not None]
+        logprobs = ops.log_softmax(_rows(logits, scored)) if scored else None
+        chosen = [i for i, (result, position) in enumerate(owners) if position >= result.item.sequence.prompt_length]
+        tokens = {i: result.item.sequence.tokens[position] for i, (result, position) in enumerate(owners)
+                  if position < result.item.sequence.prompt_length}  # fmt: skip
+        if chosen:
+            sequences = {i: owners[i][0].item.sequence for i in chosen}
+            adjusted = {i: s for i, s in sequences.items() if sampler.adjusts(s)}
+            sampler.adjust(logits, adjusted, self.eos)
+            best = tile.best if not adjusted and len(chosen) == len(owners) else None
+            choices = [sampler.choice(s) for s in sequences.values()]
+            tokens.update(zip(chosen, ops.sample(_rows(logits, chosen), choices, best), strict=True))
+        found: dict[int, TokenLogprobs] = {}
+        if logprobs is not None:
+            most = max(_candidates(*owners[i]) or 0 for i in scored)
+            ranked = sampling.rank(logprobs, [tokens[i] for i in scored], most)
+            for i, row in zip(scored, ranked, strict=True):
+                found[i] = sampler.token_logprobs(row, tokens[i], _candidates(*owners[i]) or 0)
         for i, (result, position) in enumerate(owners):
-            s = result.item.sequence
-            count = _candidates(result, position)
-            if position < s.prompt_length:
-                assert count is not None
-                result.prompt_logprobs.append(sampler.token_logprobs(logprobs[i], s.tokens[position], count))
-                continue
-            if sampler.adjusts(s):
-                sampler.adjust(host[i], s, self.eos)
-            result.token = sampling.sample_row(host[i], sampler.choice(s))
-            if count is not None:
-                result.logprobs = sampler.token_logprobs(logprobs[i], result.token, count)
+            if position < result.item.sequence.prompt_length:
+                result.prompt_logprobs.append(found[i])
+            else:
+                result.token, result.logprobs = tokens[i], found.get(i)
 
     def _apply(self, result: _Result) -> Sequence | None:
         """Notes what a step found out; the sequence if it got a token or ended."""
@@ -273,6 +320,11 @@ class Engine:
             s.finish_reason, s.stop_reason = reason, stop_reason
             self.scheduler.finish(s)
             self._finished += 1
+
+
+def _rows(logits: Tensor, rows: SequenceOf[int]) -> Tensor:
+    """Some rows of ``logits``: itself if these are all."""
+    return logits if len(rows) == logits.shape[0] else logits[torch.tensor(rows, device=logits.device)]
 
 
 def _candidates(result: _Result, position: int) -> int | None:

@@ -1,14 +1,16 @@
-"""Turns a scheduled step into tensors, runs the model, and hands back the logits of the rows that need them."""
+"""Runs the model on a scheduled step, and hands back the logits of the rows that need them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from anyfp4.engine.graphs import StepGraphs
+from anyfp4.engine.inputs import StepInputs, gather
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
@@ -18,47 +20,96 @@ from anyfp4.ops.attention import AttentionBatch
 LOGITS_TILE = 64
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a step computed; from a CUDA graph, it lives until the next step.
+
+    Attributes:
+        hidden: [T, hidden].
+        last: each sequence's last row, if a graph computed the logits of these too.
+        logits: float32 [S, V] of the last rows.
+        best: (ids, values) [S] of their largest logits, if the graph found them.
+    """
+
+    hidden: Tensor
+    last: SequenceOf[int] | None = None
+    logits: Tensor | None = None
+    best: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits of some rows of a step.
+
+    Attributes:
+        rows: which.
+        values: float32 [len(rows), V].
+        best: (ids, values) [len(rows)] of the largest, if they are known.
+    """
+
+    rows: SequenceOf[int]
+    values: Tensor
+    best: tuple[Tensor, Tensor] | None = None
+
+
 class ModelRunner:
     """Runs the model over the paged cache."""
 
-    def __init__(self, model: Decoder, caches: SequenceOf[LayerCache], block_size: int) -> None:
-        self.model, self.caches, self.block_size = model, caches, block_size
+    def __init__(
+        self,
+        model: Decoder,
+        caches: SequenceOf[LayerCache],
+        block_size: int,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        self.model, self.caches, self.block_size, self.graphs = model, caches, block_size, graphs
 
-    def run(self, step: SequenceOf[Scheduled]) -> Tensor:
-        """Runs a step and returns the hidden states of all its tokens: [T, hidden]."""
-        tokens, positions, batch = self.inputs(step)
-        return self.model.forward(tokens, positions, self.caches, batch)
+    def run(self, step: SequenceOf[Scheduled]) -> Computed:
+        """Runs all tokens of a step."""
+        inputs = self.inputs(step)
+        shape = None if self.graphs is None else self.graphs.shape_of(inputs)
+        if self.graphs is not None and shape is not None:
+            results = self.graphs.run(inputs, shape)
+            last = (inputs.query_start[1:] - 1).tolist()
+            return Computed(results.hidden, last, results.logits, results.best)
+        tokens, positions, batch = inputs.on(self.model.device)
+        return Computed(self.model.forward(tokens, positions, self.caches, batch))
 
-    def inputs(self, step: SequenceOf[Scheduled]) -> tuple[Tensor, Tensor, AttentionBatch]:
-        """A step's tokens (int64 [T]), their positions (int64 [T]), and which belongs to which sequence."""
-        counts = np.array([item.count for item in step], dtype=np.int64)
-        first = np.array([item.start for item in step], dtype=np.int64)
-        starts = np.zeros(len(step) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
-        owner = np.repeat(np.arange(len(step)), counts)  # [T]: which item of the step each token belongs to
-        positions = np.arange(starts[-1]) - starts[owner] + first[owner]
+    def padding_sizes(self, most: int) -> list[int]:
+        """Numbers of tokens, up to ``most``, that between them use every kernel which a prompt can."""
+        return sorted({min(most, tokens) for tokens in (2, 16, 48, 128, 512, most)})
 
-        table = np.zeros((len(step), max(len(item.sequence.blocks) for item in step)), dtype=np.int32)
-        tokens: list[int] = []
-        for row, item in zip(table, step, strict=True):
-            blocks = item.sequence.blocks
-            row[: len(blocks)] = np.frombuffer(blocks, dtype=np.int32)
-            tokens += item.sequence.tokens[item.start : item.start + item.count]
-        slots = table[owner, positions // self.block_size] * np.int64(self.block_size) + positions % self.block_size
-
+    def run_padding(self, tokens: int) -> None:
+        """Runs one sequence of so many tokens that are stored nowhere and see no keys."""
+        device, places = self.model.device, torch.arange(tokens)
         batch = AttentionBatch(
-            query_start=self._tensor(starts.astype(np.int32)),
-            context_len=self._tensor((first + counts).astype(np.int32)),
-            block_table=self._tensor(table),
-            slots=self._tensor(slots),
+            query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+            context_len=torch.zeros(1, dtype=torch.int32, device=device),
+            block_table=torch.zeros((1, 1), dtype=torch.int32, device=device),
+            slots=torch.full((tokens,), -1, device=device),
         )
-        return self._tensor(np.array(tokens, dtype=np.int64)), self._tensor(positions), batch
+        positions = (places % self.model.cos_sin.shape[0]).to(device)
+        self.model.logits(self.model.forward(torch.zeros_like(positions), positions, self.caches, batch)[:1])
 
-    def _tensor(self, values: np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64]]) -> Tensor:
-        return torch.from_numpy(values).to(self.model.device)
+    def inputs(self, step: SequenceOf[Scheduled]) -> StepInputs:
+        """A step's tokens, their positions, and which belongs to which sequence."""
+        return gather(step, self.block_size)
 
-    def logits(self, hidden: Tensor, rows: SequenceOf[int]) -> Iterator[tuple[SequenceOf[int], Tensor]]:
-        """The logits of some rows of ``hidden``, a tile at a time: (rows, float32 [len(rows), vocab])."""
+    def logits(self, computed: Computed, rows: SequenceOf[int]) -> Iterator[Logits]:
+        """The logits of some rows of a step, some at a time."""
+        if not rows:
+            return
+        if computed.last is not None and computed.logits is not None:
+            if list(rows) == computed.last:
+                yield Logits(rows, computed.logits, computed.best)
+                return
+            place = {row: i for i, row in enumerate(computed.last)}
+            if all(row in place for row in rows):
+                yield Logits(rows, computed.logits[self._index([place[row] for row in rows])])
+                return
         for i in range(0, len(rows), LOGITS_TILE):
             tile = rows[i : i + LOGITS_TILE]
-            yield tile, self.model.logits(hidden[torch.tensor(tile, device=hidden.device)])
+            yield Logits(tile, self.model.logits(computed.hidden[self._index(tile)]))
+
+    def _index(self, rows: SequenceOf[int]) -> Tensor:
+        return torch.tensor(rows, device=self.model.device)

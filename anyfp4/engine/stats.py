@@ -19,6 +19,7 @@ class EngineStats:
         generated_tokens: tokens chosen.
         prefix_query_tokens: tokens of prompts that were looked up in the prefix cache.
         prefix_hit_tokens: those of them that were found.
+        prefix_evicted_blocks: blocks of a reusable prefix that were overwritten because no other was free.
         preemptions: times that a sequence lost its blocks to an older one.
         steps: steps run.
         finished: sequences ended, for whatever reason.
@@ -35,6 +36,7 @@ class EngineStats:
     generated_tokens: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
+    prefix_evicted_blocks: int
     preemptions: int
     steps: int
     finished: int

@@ -53,6 +53,11 @@ BackendOption = Annotated[
     typer.Option(help="Linear backend (see `anyfp4 backends`); one that cannot run raises.  "
                  "[default: $ANYFP4_BACKEND or auto]"),
 ]  # fmt: skip
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(help="Part of the device's memory that may be in use in all, above 0 to 1.  "
+                 "[default: 0.9 of a GPU's, all of a CPU's]"),
+]  # fmt: skip
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")]
 
 
@@ -97,6 +102,7 @@ def generate(
     device: DeviceOption = None,
     dtype: Annotated[str, typer.Option(help="Of activations: auto, bfloat16, float16 or float32.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    memory_fraction: MemoryOption = None,
     revision: RevisionOption = None,
 ) -> None:
     """Generate text. Messages and figures go to stderr, text to stdout."""
@@ -116,6 +122,7 @@ def generate(
         stop=stop,
         logprobs=logprobs,
     )
+    config = EngineConfig(max_model_len=max_model_len, memory_fraction=memory_fraction)
     from anyfp4.entrypoints import generate as command  # noqa: PLC0415  (torch takes seconds to import)
     from anyfp4.llm import LLM  # noqa: PLC0415
 
@@ -130,7 +137,7 @@ def generate(
             backend=backend,
             device=device,
             dtype=dtype,
-            config=EngineConfig(max_model_len=max_model_len),
+            config=config,
             progress=progress,
         )
     if texts is not None:
@@ -338,13 +345,25 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Completions that run at the same time.")] = 64,
     max_step_tokens: Annotated[
-        int, typer.Option(help="Tokens of one step; longer prompts are cut, so that others do not wait for them.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Tokens of one step; longer prompts are cut, so that others do not wait for them.  "
+            "[default: 512 on a CPU, 2048 on a GPU]"
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of one block of the KV cache.")] = 16,
     kv_cache_gib: Annotated[
         float | None, typer.Option(help="Memory of the KV cache in GiB.  [default: from what the machine has]")
     ] = None,
+    memory_fraction: MemoryOption = None,
     prefix_caching: Annotated[bool, typer.Option(help="Reuse what prompts have in common.")] = True,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Launch steps of up to 512 tokens as CUDA graphs.  [default: where the device and the model can]",
+        ),
+    ] = None,
     revision: RevisionOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page. SIGTERM finishes what runs and exits with 0."""
@@ -363,7 +382,9 @@ def serve(
             max_step_tokens=max_step_tokens,
             block_size=block_size,
             kv_cache_gib=kv_cache_gib,
+            memory_fraction=memory_fraction,
             prefix_caching=prefix_caching,
+            cuda_graphs=cuda_graphs,
             host=host,
             port=port,
             served_model_name=served_model_name,

@@ -13,6 +13,7 @@ from rich.text import Text as RichText
 
 from anyfp4 import envs
 from anyfp4.engine.config import EngineConfig
+from anyfp4.engine.kv_cache import UNUSED_BYTES
 from anyfp4.entrypoints.console import byte_progress, stderr, stdout, step_progress
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.llm import LLM
@@ -127,7 +128,8 @@ def _load(
             backend=backend,
             device=options.device,
             dtype=dtype,
-            config=EngineConfig(max_num_seqs=1),  # windows run past the engine, on a cache of their own
+            # windows run past the engine, on a cache of their own
+            config=EngineConfig(max_num_seqs=1, kv_cache_bytes=UNUSED_BYTES),
             progress=progress,
         )
 

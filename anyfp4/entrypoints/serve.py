@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from anyfp4 import device as devices
 from anyfp4 import envs
 from anyfp4.engine.config import EngineConfig
-from anyfp4.entrypoints.console import byte_progress
+from anyfp4.entrypoints.console import byte_progress, step_progress
 from anyfp4.entrypoints.server.config import ServerConfig
 from anyfp4.errors import InvalidArgumentError, UnsupportedError
 
+#: tokens of a step that take some hundred milliseconds at most
+_STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 _EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -26,10 +29,12 @@ class Options:
     dtype: str
     max_model_len: int | None
     max_num_seqs: int
-    max_step_tokens: int
+    max_step_tokens: int | None
     block_size: int
     kv_cache_gib: float | None
+    memory_fraction: float | None
     prefix_caching: bool
+    cuda_graphs: bool | None
     host: str
     port: int
     served_model_name: str | None
@@ -51,11 +56,18 @@ class Options:
         return EngineConfig(
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
-            max_step_tokens=self.max_step_tokens,
+            max_step_tokens=self._step_tokens(),
             block_size=self.block_size,
             kv_cache_bytes=None if gib is None else int(gib * 2**30),
+            memory_fraction=self.memory_fraction,
             enable_prefix_caching=self.prefix_caching,
+            cuda_graphs=self.cuda_graphs,
         )
+
+    def _step_tokens(self) -> int:
+        if self.max_step_tokens is not None:
+            return self.max_step_tokens
+        return _STEP_TOKENS[devices.resolve(self.device).type]
 
     def server(self) -> ServerConfig:
         """The server's share.
@@ -104,4 +116,6 @@ def run(options: Options) -> None:
             config=engine,
             progress=progress,
         )
+    with step_progress("preparing kernels", "steps") as advance:
+        llm.engine.warm_up(advance)
     serving.run(llm, server, bound, f"numerics {options.numerics or envs.read().numerics}")

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from anyfp4 import envs
 from anyfp4.engine.config import EngineConfig
+from anyfp4.engine.kv_cache import UNUSED_BYTES
 from anyfp4.entrypoints.console import byte_progress, stderr, stdout, step_progress
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.llm import LLM
@@ -84,7 +85,8 @@ def run(options: Options) -> int:
             backend=options.backend,
             device=options.device,
             dtype=options.dtype,
-            config=EngineConfig(max_num_seqs=1),  # its own cache stays unused: every trial builds an engine
+            # its own cache stays unused: every trial builds an engine
+            config=EngineConfig(max_num_seqs=1, kv_cache_bytes=UNUSED_BYTES),
             progress=progress,
         )
     model = llm.engine.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ class Linear:
     their blocks line up; a mixture of kinds (an FP8 projection beside NVFP4 ones) stays a sequence of products.
     """
 
-    def __init__(self, weights: Sequence[LinearWeight], *, numerics: str = "native", backend: str = "auto") -> None:
+    def __init__(self, weights: Iterable[LinearWeight], *, numerics: str = "native", backend: str = "auto") -> None:
         """Fuses and prepares.
 
         Args:
-            weights: one or more, same K, in the order of the output.
+            weights: one or more, same K, in the order of the output. What an iterator gives is let go of as soon as it
+                is fused, and that as soon as it is prepared.
             numerics: of W4A4 products.
             backend: ``auto`` or a backend's name.
 
@@ -35,6 +36,7 @@ class Linear:
         for weight in fuse(weights):
             chosen = registry.select(weight.weight.device, shape=weight.shape, numerics=numerics, requested=backend)
             self.parts.append((chosen, chosen.prepare(weight, numerics)))
+            del weight  # or it would be held while the next one is joined
         self.out_features = sum(prepared.shape[0] for _, prepared in self.parts)
         self.nbytes = sum(prepared.nbytes for _, prepared in self.parts)
 
@@ -44,17 +46,18 @@ class Linear:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def fuse(weights: Sequence[LinearWeight]) -> list[LinearWeight]:
-    """Joins neighbours that one product can serve; nothing is lost, scales stay per shard."""
-    fused: list[LinearWeight] = []
+def fuse(weights: Iterable[LinearWeight]) -> Iterator[LinearWeight]:
+    """Joins neighbours that one product can serve; nothing is lost, scales stay per shard.
+
+    Holds no more of the weights than one group and the first of the next.
+    """
     group: list[LinearWeight] = []
     for weight in weights:
         if group and not _fusible(group[-1], weight):
-            fused.append(_join(group))
-            group = []
+            yield _join(group)
         group.append(weight)
-    fused.append(_join(group))
-    return fused
+        del weight
+    yield _join(group)
 
 
 def _fusible(a: LinearWeight, b: LinearWeight) -> bool:
@@ -74,8 +77,13 @@ def _fusible(a: LinearWeight, b: LinearWeight) -> bool:
 
 
 def _join(group: list[LinearWeight]) -> LinearWeight:
-    if len(group) == 1:
-        return group[0]
+    """One weight of all; the list is emptied, so that the caller holds none of them."""
+    taken = list(group)
+    group.clear()
+    return taken[0] if len(taken) == 1 else _concatenate(taken)
+
+
+def _concatenate(group: list[LinearWeight]) -> LinearWeight:
     biases = [w.bias for w in group if w.bias is not None]
     bias = torch.cat([b.to(torch.float32) for b in biases]) if biases else None
     dense = [w for w in group if isinstance(w, DenseWeight)]

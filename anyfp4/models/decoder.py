@@ -44,6 +44,7 @@ class Decoder:
         cos_sin: float32 [positions, 2, D/2].
         kv_dtype: of the KV cache.
         nbytes: of all weights as they are held.
+        workspace: bytes that a product takes for a moment, at most.
     """
 
     config: DecoderConfig
@@ -55,6 +56,7 @@ class Decoder:
     cos_sin: Tensor
     kv_dtype: torch.dtype
     nbytes: int
+    workspace: int = 0
 
     @property
     def device(self) -> torch.device:

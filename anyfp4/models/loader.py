@@ -1,10 +1,14 @@
-"""Builds a decoder from a checkpoint, layer by layer, so that at most one layer is held twice."""
+"""Builds a decoder from a checkpoint, layer by layer, so that at most one layer is held twice.
+
+A tensor goes from the file to its device at once, is brought into the backend's layout there, and what the file held is
+dropped before the next layer is read.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,18 +16,21 @@ from torch import Tensor
 
 from anyfp4.backends import registry
 from anyfp4.checkpoint.reader import Checkpoint
-from anyfp4.errors import InvalidArgumentError, TensorError, UnsupportedError
-from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
+from anyfp4.errors import InvalidArgumentError, TensorError
+from anyfp4.formats.weights import DenseWeight, LinearWeight
 from anyfp4.layers.attention import Attention
 from anyfp4.layers.linear import Linear
 from anyfp4.layers.mlp import MLP
 from anyfp4.layers.rotary import cos_sin_table
+from anyfp4.models import footprint
 from anyfp4.models.config import DecoderConfig
 from anyfp4.models.decoder import Block, Decoder
 
 _LOG = logging.getLogger(__name__)
 #: called with (bytes loaded, bytes in all)
 Progress = Callable[[int, int], None]
+#: (the model's shape, dtype of its KV cache) -> what is needed beside the weights, bytes by what they are for
+Beside = Callable[[DecoderConfig, torch.dtype], Mapping[str, int]]
 #: tensors that some exporters write and no decoder reads
 _IGNORABLE = ("*.rotary_emb.inv_freq", "*.self_attn.rotary_emb.*", "lm_head.weight")
 
@@ -37,8 +44,10 @@ def load_decoder(
     backend: str = "auto",
     max_positions: int | None = None,
     progress: Progress | None = None,
+    beside: Beside | None = None,
+    memory_fraction: float | None = None,
 ) -> Decoder:
-    """Loads a model.
+    """Loads a model, if it fits.
 
     Args:
         checkpoint: opened and checked.
@@ -48,8 +57,11 @@ def load_decoder(
         backend: ``auto`` or a backend's name.
         max_positions: rows of the rotary table; the config's maximum by default.
         progress: called after each tensor group.
+        beside: what else must fit; the weights alone by default.
+        memory_fraction: of the device's memory that may be in use; see :func:`anyfp4.device.budget`.
 
     Raises:
+        InsufficientMemoryError: the model does not fit; told before anything is read.
         CheckpointError: a tensor is missing, left over, or wrong.
         UnsupportedError: the architecture or an option is not supported.
         BackendError: the backend that was asked for cannot run here.
@@ -60,7 +72,11 @@ def load_decoder(
         config = replace(config, dtype=dtype)
     loader = _Loader(checkpoint, config, device, numerics, backend, max_positions, progress)
     with loader.ops.quiet():
-        return loader.load()
+        loader.require_memory(beside, memory_fraction)
+        decoder = loader.load()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the files' layers lay in is of other sizes than what comes now
+    return decoder
 
 
 class _Loader:
@@ -88,19 +104,36 @@ class _Loader:
             candidates = {b.name for b in registry.PREFERENCE[device.type]}
             reasons = "; ".join(f"{r.name}: {r.reason}" for r in rows if r.name in candidates and not r.chosen)
             _LOG.warning("running on the reference backend, which is slow (%s)", reasons)
+        self.kv_dtype = torch.float8_e4m3fn if checkpoint.quantization.kv_cache == "fp8" else config.dtype
+        self.workspace = 0
         self.done = 0
+
+    def require_memory(self, beside: Beside | None, fraction: float | None) -> None:
+        """Refuses a model that does not fit.
+
+        Raises:
+            InsufficientMemoryError: with all figures.
+        """
+        found = footprint.measure(
+            self.checkpoint, self.config, self.ops, self.device, self.numerics, self.backend, self.max_positions
+        )
+        self.workspace = found.workspace
+        parts = dict(found.weights)
+        if found.workspace:
+            parts["workspace of a product"] = found.workspace
+        if beside is not None:
+            parts |= beside(self.config, self.kv_dtype)
+        footprint.require(parts, self.device, fraction, self.checkpoint.folder)
 
     def load(self) -> Decoder:
         c = self.config
         embedding = self._tensor("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
         blocks = [self._block(i) for i in range(c.num_layers)]
         norm = self._tensor("model.norm.weight", (c.hidden_size,))
-        head: LinearWeight
         if c.tie_word_embeddings:
-            head = DenseWeight(embedding)
+            lm_head = Linear([DenseWeight(embedding)], numerics=self.numerics, backend=self.backend)
         else:
-            head = self._weight("lm_head", c.vocab_size, c.hidden_size, None)
-        lm_head = Linear([head], numerics=self.numerics, backend=self.backend)
+            lm_head = self._linear([("lm_head", c.vocab_size)], c.hidden_size, None)
         self._refuse_unread()
         rope = c.rope
         table = cos_sin_table(c.head_dim, self.max_positions, rope.kind, rope.theta, dict(rope.parameters))
@@ -115,8 +148,9 @@ class _Loader:
             norm=norm,
             lm_head=lm_head,
             cos_sin=table.to(self.device),
-            kv_dtype=torch.float8_e4m3fn if self.checkpoint.quantization.kv_cache == "fp8" else c.dtype,
+            kv_dtype=self.kv_dtype,
             nbytes=nbytes,
+            workspace=self.workspace,
         )
 
     def _block(self, index: int) -> Block:
@@ -158,19 +192,22 @@ class _Loader:
             ),
         )
 
-    def _linear(self, modules: Sequence[tuple[str, int]], in_features: int, bias: bool) -> Linear:
-        weights = [self._weight(name, out, in_features, bias) for name, out in modules]
+    def _linear(self, modules: Sequence[tuple[str, int]], in_features: int, bias: bool | None) -> Linear:
+        # read as they are asked for, and held by nobody else
+        weights = (self._weight(name, out, in_features, bias) for name, out in modules)
         return Linear(weights, numerics=self.numerics, backend=self.backend)
 
     def _weight(self, module: str, n: int, k: int, bias: bool | None) -> LinearWeight:
-        weight = self.checkpoint.linear(module, (n, k), bias)
+        weight = self.checkpoint.linear(module, (n, k), bias, self.device)
         self._advance(weight.nbytes)
-        return _place(weight, self.device, self.config.dtype)
+        if isinstance(weight, DenseWeight):
+            return DenseWeight(weight.weight.to(self.config.dtype), weight.bias)
+        return weight
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.checkpoint.tensor(name, shape)
+        tensor = self.checkpoint.tensor(name, shape, self.device)
         self._advance(tensor.numel() * tensor.element_size())
-        return tensor.to(device=self.device, dtype=self.config.dtype)
+        return tensor.to(self.config.dtype)
 
     def _advance(self, nbytes: int) -> None:
         self.done += nbytes
@@ -191,33 +228,3 @@ class _Loader:
                 file=self.checkpoint.file_of(left[0]),
                 tensor=left[0],
             )
-
-
-def _place(weight: LinearWeight, device: torch.device, dtype: torch.dtype) -> LinearWeight:
-    """Moves a weight to its device; dense weights also take the model's dtype."""
-    bias = None if weight.bias is None else weight.bias.to(device)
-    if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.weight.to(device=device, dtype=dtype), bias)
-    if isinstance(weight, FP8Weight):
-        return replace(
-            weight,
-            weight=weight.weight.to(device),
-            weight_scale=weight.weight_scale.to(device),
-            input_scale=None if weight.input_scale is None else weight.input_scale.to(device),
-            bias=bias,
-        )
-    if isinstance(weight, NVFP4Weight):
-        t = weight.weight
-        tensor = replace(
-            t,
-            packed=t.packed.to(device),
-            block_scale=t.block_scale.to(device),
-            global_scale=t.global_scale.to(device),
-        )
-        return NVFP4Weight(
-            tensor,
-            None if weight.input_global_scale is None else weight.input_global_scale.to(device),
-            None if weight.pre_quant_scale is None else weight.pre_quant_scale.to(device),
-            bias,
-        )
-    raise UnsupportedError(f"unknown kind of weight {type(weight).__name__}")

@@ -13,10 +13,13 @@ one row of a vocabulary costs more than the work.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, float32
 
 from anyfp4.errors import InvalidArgumentError
@@ -75,7 +78,7 @@ def log_softmax(logits: Tensor) -> Tensor:
     return shifted - elementary.log(exact.total(elementary.exp(shifted))).unsqueeze(-1)
 
 
-def sample(logits: Tensor, choices: list[Choice]) -> list[int]:
+def sample(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
     """Chooses a token for every row; see :func:`sample_row`.
 
     Args:
@@ -111,15 +114,14 @@ def sample_row(row: Row, choice: Choice) -> int:
     token = int(np.argmax(row))  # a NaN, if there is one
     best = float(row[token])
     if not math.isfinite(best):
-        what = "NaN" if math.isnan(best) else best
-        raise InvalidArgumentError(f"the largest logit is {what} (token {token}): the model or its input is broken")
-    temperature = min(float(np.float32(min(choice.temperature, _FLOAT32_MAX))), _FLOAT32_MAX)
+        refuse_broken(best, token)
+    temperature = float32_temperature(choice)
     if temperature == 0:
         return token
     with np.errstate(over="ignore", under="ignore"):
         scaled = _Scaled(row, best, temperature)
         random = uniform64(choice.seed, choice.position)
-        smallest = int(choice.min_p * _WEIGHT_ONE) if choice.min_p > 0 else 1
+        smallest = smallest_weight(choice)
         if choice.top_k:
             ids, weights = _top_k(scaled, choice.top_k)
             if choice.top_p < 1:
@@ -132,6 +134,74 @@ def sample_row(row: Row, choice: Choice) -> int:
         else:
             return _draw_any(scaled, random)
         return int(ids[_draw(np.where(weights >= smallest, weights, 0), random)])
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Where a token stands among the elements of its row, and the largest of them.
+
+    Attributes:
+        own: the token's element.
+        rank: from 1 on; among equals the lower id comes first.
+        ids: of the largest elements, largest first.
+        values: the largest elements.
+    """
+
+    own: float
+    rank: int
+    ids: list[int]
+    values: list[float]
+
+
+def rank(rows: Tensor, tokens: Sequence[int], count: int) -> list[Ranked]:
+    """Ranks one token in each row; on a GPU nothing but the result is copied to the host.
+
+    Args:
+        rows: float32 [M, V].
+        tokens: M of them.
+        count: how many of the largest elements of each row.
+    """
+    count = min(count, rows.shape[1])
+    if not rows.is_cpu:
+        return rank_on_device(rows, tokens, count)
+    found = []
+    for row, token in zip(rows.numpy(), tokens, strict=True):
+        own = row[token]
+        place = 1 + int(np.count_nonzero(row > own)) + int(np.count_nonzero(row[:token] == own))
+        ids = largest(row, count) if count else np.empty(0, dtype=np.int64)
+        found.append(Ranked(float(own), place, ids.tolist(), row[ids].tolist()))
+    return found
+
+
+def rank_on_device(rows: Tensor, tokens: Sequence[int], count: int) -> list[Ranked]:
+    """:func:`rank` by torch's ops, for at most V elements of each row; arguments as there."""
+    token = torch.tensor(tokens, device=rows.device).unsqueeze(1)
+    ids = torch.arange(rows.shape[1], device=rows.device)
+    own = rows.gather(1, token)
+    place = 1 + (rows > own).sum(dim=1) + ((rows == own) & (ids < token)).sum(dim=1)
+    # one integer holds both keys: floats in order (−0 as 0), and among equals the lower id above the higher
+    bits = (rows + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    best = 0x7FFFFFFF - (((ordered << 32) | (0x7FFFFFFF - ids)).topk(count, dim=1).values & 0xFFFFFFFF)
+    values = torch.cat((own, rows.gather(1, best)), dim=1).cpu().tolist()
+    places = torch.cat((place.unsqueeze(1), best), dim=1).cpu().tolist()
+    return [Ranked(v[0], p[0], p[1:], v[1:]) for v, p in zip(values, places, strict=True)]
+
+
+def float32_temperature(choice: Choice) -> float:
+    """The temperature as it divides: rounded to float32, and finite."""
+    return min(float(np.float32(min(choice.temperature, _FLOAT32_MAX))), _FLOAT32_MAX)
+
+
+def smallest_weight(choice: Choice) -> int:
+    """The least weight of a token that may be chosen."""
+    return int(choice.min_p * _WEIGHT_ONE) if choice.min_p > 0 else 1
+
+
+def refuse_broken(best: float, token: int) -> NoReturn:
+    """Raises InvalidArgumentError for a row whose largest logit is not a number one can sample by."""
+    what = "NaN" if math.isnan(best) else best
+    raise InvalidArgumentError(f"the largest logit is {what} (token {token}): the model or its input is broken")
 
 
 def largest(row: Row, count: int) -> _Ids:

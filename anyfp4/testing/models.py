@@ -44,7 +44,7 @@ def all_logits(
     )
     parts, start = [], 0
     for size in chunks or [len(tokens)]:
-        hidden = runner.run([Scheduled(sequence, start, size)])
-        parts += [logits for _, logits in runner.logits(hidden, range(size))]
+        computed = runner.run([Scheduled(sequence, start, size)])
+        parts += [logits.values for logits in runner.logits(computed, range(size))]
         start += size
     return torch.cat(parts)

@@ -72,6 +72,7 @@ class Schedule:
         cache_blocks: blocks of the KV cache; None: as many as the engine would take.
         resets: steps before which the prefix cache is emptied.
         threads: of the device's kernels; 0: as many as the process may use.
+        cuda_graphs: run steps as CUDA graphs, where the device can.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -82,6 +83,7 @@ class Schedule:
     prefix_caching: bool = True
     resets: tuple[int, ...] = ()
     threads: int = 0
+    cuda_graphs: bool = True
 
     def to_json(self) -> str:
         """One line of JSON that :func:`from_json` reads."""
@@ -217,6 +219,7 @@ class Plan:
             prefix_caching=rng.random() < 0.75,
             resets=(rng.randint(1, 30),) if rng.random() < 0.15 else (),
             threads=rng.choice(self.threads),
+            cuda_graphs=rng.random() < 0.7,
         )
 
     def _arrivals(self, rng: random.Random, requests: Sequence[Request]) -> tuple[Arrival, ...]:

@@ -125,6 +125,10 @@ def rows(proof: Proof, setting: Setting) -> list[tuple[str, list[Row]]]:
         ),
         ("threads", _values(s.threads for s in schedules)),
     ]
+    if seen.graph_steps:
+        happened.append(("steps that ran as CUDA graphs", f"{seen.graph_steps:,}"))
+        without = sum(not s.cuda_graphs for s in schedules)
+        varied.append(("CUDA graphs", f"{len(schedules) - without} schedules with, {without} without"))
     return [("compared, bit by bit", compared), ("what the engine did", happened), ("what was varied", varied)]
 
 
@@ -198,7 +202,8 @@ def schedule_lines(schedule: Schedule) -> list[str]:
     cache = "default cache" if s.cache_blocks is None else f"{s.cache_blocks} cache blocks"
     lines = [
         f"engine: max_step_tokens {s.max_step_tokens}, max_num_seqs {s.max_num_seqs}, block_size {s.block_size}, "
-        f"{cache}, prefix cache {'on' if s.prefix_caching else 'off'}, threads {s.threads or 'default'}"
+        f"{cache}, prefix cache {'on' if s.prefix_caching else 'off'}, threads {s.threads or 'default'}, "
+        f"CUDA graphs {'where possible' if s.cuda_graphs else 'off'}"
     ]
     if s.resets:
         lines.append(f"prefix cache emptied before step {', '.join(map(str, s.resets))}")

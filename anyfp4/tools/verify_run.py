@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 
 from anyfp4 import envs
@@ -17,11 +15,13 @@ from anyfp4.device import processors
 from anyfp4.engine import kv_cache
 from anyfp4.engine.config import EngineConfig
 from anyfp4.engine.engine import Engine
+from anyfp4.engine.inputs import StepInputs
+from anyfp4.engine.model_runner import ModelRunner
 from anyfp4.engine.outputs import TokenLogprobs
+from anyfp4.engine.scheduler import Scheduled
 from anyfp4.engine.sequence import Sequence as EngineSequence
 from anyfp4.errors import AnyFP4Error
 from anyfp4.models.decoder import Decoder
-from anyfp4.ops.attention import AttentionBatch
 from anyfp4.tools.schedules import Request, Schedule
 
 #: steps in a row without a new token after which a run counts as stuck; a long prompt in small chunks takes fewer
@@ -78,6 +78,7 @@ class Seen:
         prefix_hit_tokens: prompt tokens that the prefix cache served.
         preemptions: sequences that lost their blocks and were computed again.
         aborted: requests that were aborted before they ended.
+        graph_steps: steps that ran as CUDA graphs.
     """
 
     steps: int = 0
@@ -89,6 +90,7 @@ class Seen:
     prefix_query_tokens: int = 0
     preemptions: int = 0
     aborted: int = 0
+    graph_steps: int = 0
 
     def add(self, other: Seen) -> None:
         """Adds what another run did."""
@@ -101,6 +103,7 @@ class Seen:
         self.prefix_query_tokens += other.prefix_query_tokens
         self.preemptions += other.preemptions
         self.aborted += other.aborted
+        self.graph_steps += other.graph_steps
 
 
 def default_threads() -> int:
@@ -147,7 +150,8 @@ def run_schedule(model: Decoder, eos: Iterable[int], schedule: Schedule, max_len
     """
     seen = Seen()
     set_threads(model, schedule.threads)
-    engine = Engine(_watched(model, seen), _config(model, schedule, max_length), eos)
+    engine = Engine(model, _config(model, schedule, max_length), eos)
+    _watch(engine.runner, seen)
     waiting = list(enumerate(schedule.arrivals))
     running: list[tuple[int, list[EngineSequence]]] = []  # (step of its abort, sequences)
     results: dict[int, list[EngineSequence]] = {}
@@ -194,6 +198,7 @@ def _config(model: Decoder, schedule: Schedule, max_length: int) -> EngineConfig
         block_size=schedule.block_size,
         kv_cache_bytes=size,
         enable_prefix_caching=schedule.prefix_caching,
+        cuda_graphs=None if schedule.cuda_graphs else False,
     )
 
 
@@ -205,23 +210,18 @@ def _drain(engine: Engine) -> None:
             raise AnyFP4Error(f"the engine is stuck: no new token in {_STUCK} steps of a request alone")
 
 
-def _watched(model: Decoder, seen: Seen) -> Decoder:
-    """The same model; every batch that it is given is counted first."""
-    watched = copy.copy(model)
+def _watch(runner: ModelRunner, seen: Seen) -> None:
+    """Counts the inputs of every step that a runner is given."""
+    inputs_of = runner.inputs
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, AttentionBatch):
-                starts = value.query_start.tolist()
-                counts = [b - a for a, b in itertools.pairwise(starts)]
-                seen.sequences[len(counts)] += 1
-                seen.tokens[starts[-1]] += 1
-                seen.chunks.update(counts)
-                seen.starts += sum(
-                    length > count for length, count in zip(value.context_len.tolist(), counts, strict=True)
-                )
-        return model.forward(*args, **kwargs)
+    def counted(step: Sequence[Scheduled]) -> StepInputs:
+        inputs = inputs_of(step)
+        counts = np.diff(inputs.query_start)
+        seen.sequences[inputs.sequences] += 1
+        seen.tokens[int(counts.sum())] += 1
+        seen.chunks.update(counts.tolist())
+        seen.starts += int(np.count_nonzero(inputs.context_len > counts))
+        seen.graph_steps += runner.graphs is not None and runner.graphs.shape_of(inputs) is not None
+        return inputs
 
-    # the class is frozen, and a subclass would have to follow its fields
-    object.__setattr__(watched, "forward", forward)
-    return watched
+    runner.inputs = counted  # type: ignore[method-assign]

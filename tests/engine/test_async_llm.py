@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
 import time
@@ -125,6 +126,45 @@ def test_leaving_frees_the_blocks(llm: LLM, how: str) -> None:
             assert [o async for o in stream] == []
             # the engine goes on for others
             assert len((await last(engine.submit("a", LONG))).outputs[0].token_ids) == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("how", ["never read", "read once", "by another thread"])
+def test_dropping_the_stream_frees_the_blocks(llm: LLM, how: str) -> None:
+    async def main() -> None:
+        async with started(llm) as engine:
+            done = engine.stats().finished
+            streams = [engine.submit("hello", LONG)]
+            if how == "read once":
+                await anext(streams[0])
+            await eventually(lambda: engine.stats().running == 1)
+            if how == "by another thread":
+                await asyncio.to_thread(streams.clear)
+            streams.clear()
+            await eventually(lambda: engine.stats().running == 0, 0.5)  # 200 steps take a second
+            assert engine.stats().finished == done + 1
+            assert len((await last(engine.submit("a", LONG))).outputs[0].token_ids) == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_task_that_waits_keeps_its_stream(llm: LLM) -> None:
+    async def main() -> None:
+        ends = []
+
+        async def client(engine: AsyncLLM) -> None:
+            ends.append(await last(engine.submit("hello", LONG)))
+
+        async with started(llm) as engine:
+            asyncio.create_task(client(engine))  # noqa: RUF006  (nobody holds it)
+            for _ in range(20):
+                await asyncio.sleep(0.01)
+                gc.collect()
+            await eventually(lambda: ends)
+            assert len(ends[0].outputs[0].token_ids) == 200
 
     asyncio.run(main())
 

@@ -158,6 +158,18 @@ def test_figures(decoder: Decoder) -> None:
     assert all(s.finish_reason == "length" for s in sequences)
 
 
+def test_evicted_blocks_are_counted(decoder: Decoder) -> None:
+    engine = Engine(decoder, EngineConfig(block_size=4, kv_cache_bytes=7 * kv_cache.block_bytes(decoder, 4)))
+    evicted = []
+    for i in range(4):  # each takes three blocks and leaves two that can be found: of the fourth's, only one is blank
+        engine.add(str(i), [i, *PROMPT[1:]], SamplingParams(**greedy(max_tokens=2)))
+        drain(engine)
+        evicted.append(engine.stats().prefix_evicted_blocks)
+    assert evicted == [0, 0, 0, 2]
+    engine.reset_prefix_cache()  # nobody needed the blocks
+    assert engine.stats().prefix_evicted_blocks == 2
+
+
 def with_poisoned_token(decoder: Decoder, token: int) -> Decoder:
     """The same model, but everything after ``token`` is NaN."""
     embedding = decoder.embedding.clone()

@@ -233,10 +233,12 @@ def test_block_manager_evicts_the_oldest_and_the_last_of_a_chain_first() -> None
     assert (blocks.num_free, blocks.num_cached) == (4, 3)
     assert blocks.find(names[:2]) == [0, 1] and blocks.find([b"unknown", names[0]]) == []
     assert blocks.take((), 1) == [3]  # nothing is forgotten while a blank block is left
+    assert blocks.evictions == 0
     assert blocks.take((), 1) == [1]
     assert blocks.find(names[:2]) == [0]
     assert blocks.take([0], 2) is None  # only block 2 is left beside it
     assert blocks.take([0], 1) == [2]
+    assert blocks.evictions == 2
     blocks.check()
 
 

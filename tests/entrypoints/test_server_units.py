@@ -141,10 +141,12 @@ def options(**change: object) -> serve.Options:
         "dtype": "auto",
         "max_model_len": None,
         "max_num_seqs": 64,
-        "max_step_tokens": 2048,
+        "max_step_tokens": None,
         "block_size": 16,
         "kv_cache_gib": None,
+        "memory_fraction": None,
         "prefix_caching": True,
+        "cuda_graphs": None,
         "host": "127.0.0.1",
         "port": 0,
         "served_model_name": None,
@@ -158,13 +160,29 @@ def options(**change: object) -> serve.Options:
 
 
 def test_options_reach_both_configurations() -> None:
-    given = options(kv_cache_gib=0.5, prefix_caching=False, block_size=32, max_body_mb=0.25, max_queue=3, api_key="k")
+    given = options(
+        kv_cache_gib=0.5,
+        memory_fraction=0.7,
+        prefix_caching=False,
+        block_size=32,
+        max_body_mb=0.25,
+        max_queue=3,
+        api_key="k",
+    )
     engine, server = given.engine(), given.server()
+    assert engine.memory_fraction == 0.7 and engine.cuda_graphs is None
+    assert options(cuda_graphs=False).engine().cuda_graphs is False
+    assert [options(device="cpu", max_step_tokens=n).engine().max_step_tokens for n in (None, 7)] == [512, 7]
+    with pytest.raises(InvalidArgumentError, match="max_step_tokens must be 1 or more"):
+        options(max_step_tokens=0).engine()
     assert (engine.kv_cache_bytes, engine.enable_prefix_caching, engine.block_size) == (2**29, False, 32)
     assert (server.max_body_bytes, server.max_queue, server.api_key) == (250_000, 3, "k")
     for change, flag in (({"kv_cache_gib": 0.0}, "--kv-cache-gib"), ({"max_body_mb": 0.0}, "--max-body-mb")):
         with pytest.raises(InvalidArgumentError, match=flag):
             serve.run(options(**change))
+    for fraction in (0.0, 1.1, float("nan")):
+        with pytest.raises(InvalidArgumentError, match=r"memory_fraction must be in \(0, 1\]"):
+            options(memory_fraction=fraction).engine()
 
 
 def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

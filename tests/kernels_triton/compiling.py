@@ -85,11 +85,11 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object], dict[str, int]]
     "dequantize": (gemm._dequantize, {}, {"BITS": 4, "W": 16, "R": 64, "GROUP": GROUP}, {"num_warps": 4}),
     "quantize": (
         quantize._quantize, {"p_x": "*bf16", "p_pre": "*bf16", "p_scale": "*u8"},
-        {"PRE": True, "VALUES": True, "BLOCKS": 64}, {"num_warps": 4},
+        {"PRE": True, "VALUES": True, "BLOCKS": 128, "WHOLE": True}, {"num_warps": 4},
     ),
     "quantize, packed": (
         quantize._quantize, {"p_x": "*fp32", "p_pre": "*fp32", "p_scale": "*u8", "p_out": "*u8"},
-        {"PRE": False, "VALUES": False, "BLOCKS": 64}, {"num_warps": 4},
+        {"PRE": False, "VALUES": False, "BLOCKS": 64, "WHOLE": False}, {"num_warps": 4},
     ),
     "quantize_fp8": (quantize_fp8._quantize_fp8, {"p_x": "*bf16"}, {"STATIC": False, "BLOCK": 1024}, {"num_warps": 4}),
     "quantize_fp8_blocks": (

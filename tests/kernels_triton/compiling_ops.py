@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from anyfp4.kernels.triton import activation, attention, fused, kv_cache, norm, rope, softmax
+from anyfp4.kernels.triton import activation, attention, fused, kv_cache, norm, rope, sampling, softmax
 from tests.kernels_triton.compiling import INSTRUCTIONS
 
 #: pointers that are not to bfloat16
@@ -27,6 +27,7 @@ POINTERS = {
 }  # fmt: skip
 FLOATS = ("eps", "scale", "v_scale", "k_inverse", "v_inverse")
 LOGITS = {"p_x": "*fp32", "p_y": "*fp32"}
+CHOICES = {"p_x": "*fp32", "p_sums": "*i64"} | dict.fromkeys(("p_choices", "p_tokens"), "*i64")
 PLAIN = {"enable_fp_fusion": False, "num_warps": 4}
 FP8 = {"p_k_cache": "*u8", "p_v_cache": "*u8"}
 WORDS = {"p_k_cache": "*i32", "p_v_cache": "*i32"}
@@ -37,21 +38,36 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
     "rms_norm": (norm._rms_norm, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128}),
     "add_rms_norm": (norm._rms_norm, {"p_weight": "*fp32"}, {"ADD": True, "ROWS": 1, "BLOCK": 4096}),
     "silu_mul": (activation._silu_mul, {}, {"BLOCK": 1024}),
-    "norm_quantize": (fused._norm_quantize, {}, {"ADD": True, "ROWS": 1, "BLOCK": 4096, "SCALES": 2}),
+    "norm_quantize": (
+        fused._norm_quantize, {},
+        {"ADD": True, "PRE": True, "ROWS": 1, "BLOCKS": 256, "PARTS": 1, "SCALES": 2},
+    ),
     # an argument of 1 becomes a constant
     "norm_quantize, 1 row": (
-        fused._norm_quantize, {}, {"ADD": False, "ROWS": 8, "BLOCK": 128, "SCALES": 1, "rows": 1},
+        fused._norm_quantize, {},
+        {"ADD": True, "PRE": False, "ROWS": 1, "BLOCKS": 256, "PARTS": 4, "SCALES": 1, "rows": 1},
     ),
-    "silu_mul_quantize": (fused._silu_mul_quantize, {}, {"BLOCK": 1024, "SCALES": 1}),
+    "silu_mul_quantize": (
+        fused._silu_mul_quantize, {}, {"PRE": True, "BLOCKS": 128, "WHOLE": True, "SCALES": 1},
+    ),
+    "silu_mul_quantize, 1 row": (
+        fused._silu_mul_quantize, {}, {"PRE": False, "BLOCKS": 32, "WHOLE": False, "SCALES": 1, "rows": 1},
+    ),
     "rope": (rope._apply_rope, {}, {"HEADS": 32, "BLOCK": 64}),
-    "rope_and_write": (rope._rope_and_write, {}, {"NORM": True, "HEADS": 16, "BLOCK": 64}),
-    "rope_and_write, fp8": (rope._rope_and_write, FP8, {"NORM": False, "HEADS": 16, "BLOCK": 64}),
+    "rope_and_write": (rope._rope_and_write, {}, {"NORM": True, "HEADS": 8, "BLOCK": 64, "EVEN": True}),
+    "rope_and_write, fp8": (rope._rope_and_write, FP8, {"NORM": False, "HEADS": 8, "BLOCK": 64, "EVEN": True}),
     "write_kv": (kv_cache._write_kv, {}, {"BLOCK": 1024}),
     "write_kv, fp8": (kv_cache._write_kv, FP8, {"BLOCK": 1024}),
     "best of pieces": (softmax._best_of_pieces, LOGITS, {"PIECE": 4096}),
     "sum of pieces": (softmax._sum_pieces, LOGITS, {"PIECE": 4096, "PIECES": 64}),
     "log_softmax": (softmax._log_softmax, LOGITS, {"PIECE": 4096, "PIECES": 64}),
     "greedy": (softmax._greedy, LOGITS, {"PIECES": 64}),
+    "weights of pieces": (sampling._sum_pieces, CHOICES, {"PIECE": 4096}),
+    "draw": (sampling._draw, CHOICES, {"PIECE": 4096, "PIECES": 64}),
+    "keys of weights": (sampling._write_keys, CHOICES, {"PIECE": 4096}),
+    "draw from the heaviest": (
+        sampling._draw_heaviest, CHOICES, {"PIECES": 64, "CANDIDATES": sampling.CANDIDATES},
+    ),
     "merge splits": (
         attention._merge_splits, {}, {"D": 128, "DIM": 128, "SPLIT": attention.SPLIT, "WINDOW": False},
     ),

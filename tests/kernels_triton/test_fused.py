@@ -20,8 +20,8 @@ def rand(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "k"), [(1, 16), (5, 576), (2, 1040)])
-@pytest.mark.parametrize("add", [False, True])
-def test_norm(device: torch.device, rows: int, k: int, add: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("add", "pre"), [(False, False), (True, False), (True, True)])
+def test_norm(device: torch.device, rows: int, k: int, add: bool, pre: bool, dtype: torch.dtype) -> None:
     x, r = (rand(rows, k, seed=s, dtype=dtype).to(device) for s in (0, 1))
     x[0, 0] = torch.nan
     w, scales = rand(k, seed=2, dtype=dtype).to(device), SCALES.to(device)
@@ -29,8 +29,9 @@ def test_norm(device: torch.device, rows: int, k: int, add: bool, dtype: torch.d
         y, total = norm.add_rms_norm(x, r, w, 1e-5)
     else:
         y, total = norm.rms_norm(x, w, 1e-5), x
-    expected, expected_scale = quantize.quantize_values(y, list(scales.split(1)))
-    values, scale, got_total = fused.norm_quantize(x, r if add else None, w, 1e-5, scales)
+    factor = rand(k, seed=7, dtype=dtype).to(device) if pre else None
+    expected, expected_scale = quantize.quantize_values(y, scales, factor)
+    values, scale, got_total = fused.norm_quantize(x, r if add else None, w, 1e-5, scales, factor)
     assert_same_bits(got_total[1:].cpu(), total[1:].cpu())
     for i in range(2):
         assert_same_bits(scale[i].cpu(), expected_scale[i].cpu())
@@ -38,21 +39,22 @@ def test_norm(device: torch.device, rows: int, k: int, add: bool, dtype: torch.d
         assert torch.equal(values[i, 0].isnan(), expected[i, 0].isnan())
     for row in range(1, min(rows, 3)):
         one = slice(row, row + 1)
-        alone = fused.norm_quantize(x[one], r[one] if add else None, w, 1e-5, scales)
+        alone = fused.norm_quantize(x[one], r[one] if add else None, w, 1e-5, scales, factor)
         assert_same_bits(alone[0].cpu(), values[:, one].cpu().contiguous())
         assert_same_bits(alone[1].cpu(), scale[:, one].cpu().contiguous())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (2, 1536)])
-def test_silu_mul(device: torch.device, rows: int, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "width", "pre"), [(1, 16, False), (2, 1536, False), (2, 1040, True)])
+def test_silu_mul(device: torch.device, rows: int, width: int, pre: bool, dtype: torch.dtype) -> None:
     x, scales = rand(rows, 2 * width, seed=3, dtype=dtype).to(device), SCALES.to(device)
-    expected, expected_scale = quantize.quantize_values(activation.silu_mul(x), list(scales.split(1)))
-    values, scale = fused.silu_mul_quantize(x, scales)
+    factor = rand(width, seed=7, dtype=dtype).to(device) if pre else None
+    expected, expected_scale = quantize.quantize_values(activation.silu_mul(x), scales, factor)
+    values, scale = fused.silu_mul_quantize(x, scales, factor)
     assert_same_bits(values.cpu(), expected.cpu())
     assert_same_bits(scale.cpu(), expected_scale.cpu())
     for row in range(min(rows, 2)):
-        alone, alone_scale = fused.silu_mul_quantize(x[row : row + 1], scales)
+        alone, alone_scale = fused.silu_mul_quantize(x[row : row + 1], scales, factor)
         assert_same_bits(alone.cpu(), values[:, row : row + 1].cpu().contiguous())
         assert_same_bits(alone_scale.cpu(), scale[:, row : row + 1].cpu().contiguous())
 
@@ -67,6 +69,8 @@ def test_bad_arguments(device: torch.device) -> None:
         fused.norm_quantize(x, None, x[0, :40], 1e-5, scales)
     with pytest.raises(InvalidArgumentError, match="inverse_scales must be"):
         fused.norm_quantize(x, None, x[0], 1e-5, scales.double())
+    with pytest.raises(InvalidArgumentError, match=r"pre_quant_scale must be torch.float32 \[48\]"):
+        fused.norm_quantize(x, None, x[0], 1e-5, scales, x[0].half())
 
 
 @pytest.mark.gpu
@@ -77,9 +81,9 @@ def test_large(device: torch.device, k: int) -> None:
     x, r = (rand(300, k, seed=s, dtype=torch.bfloat16).to(device) for s in (4, 5))
     w, scales = rand(k, seed=6, dtype=torch.bfloat16).to(device), SCALES.to(device)
     y, _ = norm.add_rms_norm(x, r, w, 1e-5)
-    expected = quantize.quantize_values(y, list(scales.split(1)))
+    expected = quantize.quantize_values(y, scales)
     got = fused.norm_quantize(x, r, w, 1e-5, scales)
     gate_up = torch.cat((x, r), dim=1)
-    gated = quantize.quantize_values(activation.silu_mul(gate_up), list(scales.split(1)))
+    gated = quantize.quantize_values(activation.silu_mul(gate_up), scales)
     for a, b in zip((*got[:2], *fused.silu_mul_quantize(gate_up, scales)), (*expected, *gated), strict=True):
         assert_same_bits(a.cpu(), b.cpu())

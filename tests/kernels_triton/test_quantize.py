@@ -27,7 +27,7 @@ def check(x: torch.Tensor, scale: float, device: torch.device) -> None:
     assert_same_bits(got_scale.view(torch.uint8), block_scale.view(torch.uint8), "block scales")
     assert_same_bits(got_packed, packed, "codes")
     expected = dequantize_blocks(packed, block_scale).half()
-    values, scales = quantize_values(x.to(device), [inverse])
+    values, scales = quantize_values(x.to(device), inverse.view(1))
     assert_same_bits(scales[0], block_scale.view(torch.uint8), "block scales")
     got = values[0].cpu()
     assert torch.equal(got.isnan(), expected.isnan())
@@ -95,16 +95,16 @@ def test_pre_quant_scale_is_rounded_to_the_type_of_x(dtype: torch.dtype, device:
 def test_a_row_on_its_own(device: torch.device) -> None:
     x = torch.randn(33, 64, generator=torch.Generator().manual_seed(2)).to(device)
     inverse = torch.ones(1, device=device)
-    whole = quantize_values(x, [inverse])[0][0]
+    whole = quantize_values(x, inverse.view(1))[0][0]
     for i in (0, 7, 32):
-        assert_same_bits(quantize_values(x[i : i + 1], [inverse])[0][0], whole[i : i + 1])
+        assert_same_bits(quantize_values(x[i : i + 1], inverse.view(1))[0][0], whole[i : i + 1])
 
 
 def test_rows_may_lie_apart(device: torch.device) -> None:
     wide = torch.randn(9, 96, generator=torch.Generator().manual_seed(3)).to(device)
     inverse = torch.ones(1, device=device)
     part = wide[:, 16:80]
-    assert_same_bits(quantize_values(part, [inverse])[0], quantize_values(part.contiguous(), [inverse])[0])
+    assert_same_bits(quantize_values(part, inverse.view(1))[0], quantize_values(part.contiguous(), inverse.view(1))[0])
 
 
 def test_range_of_the_formats() -> None:

@@ -30,6 +30,10 @@ _COUNTERS = {
     "generated_tokens": ("anyfp4_generated_tokens", "New tokens."),
     "prefix_query_tokens": ("anyfp4_prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("anyfp4_prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache."),
+    "prefix_evicted_blocks": (
+        "anyfp4_prefix_cache_evicted_blocks",
+        "Blocks with a reusable prefix that were overwritten.",
+    ),
     "preemptions": ("anyfp4_preemptions", "Sequences put back in the queue because blocks ran out."),
     "steps": ("anyfp4_engine_steps", "Steps of the engine."),
     "step_seconds": ("anyfp4_engine_step_seconds", "Seconds spent in steps."),

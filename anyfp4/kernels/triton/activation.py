@@ -17,7 +17,7 @@ from anyfp4.kernels.triton.numbers import float32_of, rounded
 @triton.jit
 def gated(gate, up):
     """silu(gate) × up of float32 tensors, unrounded."""
-    return tl.div_rn(gate, 1.0 + exp(-gate)) * up
+    return tl.div_rn(gate, 1.0 + exp(gate * -1.0)) * up
 
 
 @triton.jit

@@ -54,7 +54,7 @@ SPLIT = 256
 #: programs below which the splits of a sequence are shared among several
 _FEW_PROGRAMS = 512
 #: bytes that the partial results may take
-_MAX_SCRATCH = 256 << 20
+MAX_SCRATCH = 256 << 20
 _LOG2_E = 1.4426950408889634
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -190,7 +190,7 @@ def attention(
     rows, options = program(arch, padded, qk.itemsize, tokens * group <= 16 * sequences)
     places = tokens * group // rows + sequences
     shared = 1
-    if tokens * group <= 16 * sequences and tokens * heads * splits * (padded + 2) * 4 <= _MAX_SCRATCH:
+    if tokens * group <= 16 * sequences and tokens * heads * splits * (padded + 2) * 4 <= MAX_SCRATCH:
         shared = max(1, min(splits, triton.cdiv(_FEW_PROGRAMS, places * kv_heads)))
     size = tokens * heads * splits if shared > 1 else 0
     p_acc = torch.empty(size * padded, dtype=torch.float32, device=q.device) if size else out

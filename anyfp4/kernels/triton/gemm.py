@@ -27,7 +27,8 @@ from anyfp4.kernels.triton.numbers import rounded
 #: tokens of a tile, columns of a step
 TOKENS, STEP = 128, 64
 #: elements of the workspace: 512 MiB
-_WORKSPACE = 1 << 28
+#: elements of the workspace: 512 MiB
+WORKSPACE = 1 << 28
 #: rows that a program dequantizes
 _ROWS = 64
 _TOKEN_TILES = 8
@@ -124,7 +125,7 @@ def packed_gemm(
     Returns:
         [M, N].
     """
-    most = max(256, _WORKSPACE // weight.k)
+    most = max(256, WORKSPACE // weight.k)
 
     def slab(first: int, rows: int) -> Tensor:
         return dequantize(weight, first, rows, x.dtype)

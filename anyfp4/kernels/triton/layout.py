@@ -36,8 +36,8 @@ GROUP, CODE_WORDS, BYTE_WORDS = 128, 16, 32
 ROWS = (64, 128, 256)
 #: places of sign and magnitude in a half word, by quarter
 _SIGN, _MAGNITUDE = (15, 12, 14, 13), (9, 6, 3, 0)
-#: rows repacked at a time
-_REPACKED = 2048
+#: weights repacked at a time, so that what is needed on the way stays near 16 MiB
+PIECE = 1 << 22
 
 
 def segments(k: int) -> int:
@@ -48,17 +48,18 @@ def segments(k: int) -> int:
 def pack_codes(packed: Tensor, w: int) -> Tensor:
     """Codes in words: packed uint8 [N, K/2] to int32 [⌈K/8w⌉, N, w], padded with zero codes."""
     n, k = packed.shape[0], 2 * packed.shape[1]
-    groups = math.ceil(k / (8 * w))
+    groups, step = math.ceil(k / (8 * w)), max(1, PIECE // k)
     out = torch.empty((groups, n, w), dtype=torch.int32, device=packed.device)
-    for start in range(0, n, _REPACKED):
-        rows = packed[start : start + _REPACKED]
-        rows = torch.nn.functional.pad(rows, (0, groups * 4 * w - rows.shape[1]))
-        codes = torch.stack((rows & 0xF, rows >> 4), dim=-1).view(-1, groups, 4, w, 2).to(torch.int32)
-        half = torch.zeros_like(codes[:, :, 0])
+    for start in range(0, n, step):
+        rows = packed[start : start + step]
+        rows = torch.nn.functional.pad(rows, (0, groups * 4 * w - rows.shape[1])).view(-1, groups, 4, w)
+        words = torch.zeros_like(rows[:, :, 0], dtype=torch.int32)
         for quarter in range(4):
-            code = codes[:, :, quarter]
-            half |= ((code >> 3) << _SIGN[quarter]) | ((code & 7) << _MAGNITUDE[quarter])
-        out[:, start : start + _REPACKED] = (half[..., 0] | (half[..., 1] << 16)).transpose(0, 1)
+            pair = rows[:, :, quarter].to(torch.int32)
+            pair = (pair & 0xF) | (pair >> 4 << 16)  # a code in each half, the even column's in the lower one
+            words |= (pair & 0x00080008) << (_SIGN[quarter] - 3)
+            words |= (pair & 0x00070007) << _MAGNITUDE[quarter]
+        out[:, start : start + step] = words.transpose(0, 1)
     return out
 
 
@@ -80,13 +81,13 @@ def pack_scales(scale: Tensor, w: int) -> Tensor:
 def pack_bytes(weight: Tensor, w: int) -> Tensor:
     """FP8 in words: uint8 [N, K] to int32 [⌈K/4w⌉, N, w], padded with zeros."""
     n, k = weight.shape
-    groups = math.ceil(k / (4 * w))
+    groups, step = math.ceil(k / (4 * w)), max(1, PIECE // k)
     out = torch.empty((groups, n, w), dtype=torch.int32, device=weight.device)
-    for start in range(0, n, _REPACKED):
-        rows = torch.nn.functional.pad(weight[start : start + _REPACKED], (0, groups * 4 * w - k))
-        pieces = rows.view(-1, groups, 2, w, 2).to(torch.int32)
-        half = (pieces[:, :, 0] << 8) | pieces[:, :, 1]
-        out[:, start : start + _REPACKED] = (half[..., 0] | (half[..., 1] << 16)).transpose(0, 1)
+    for start in range(0, n, step):
+        rows = torch.nn.functional.pad(weight[start : start + step], (0, groups * 4 * w - k))
+        # [rows, group, half of the group, word, even or odd]: the first half goes to the upper byte of a half word
+        places = rows.view(-1, groups, 2, w, 2).flip(2).permute(0, 1, 3, 4, 2).contiguous()
+        out[:, start : start + step] = places.view(-1, groups, w, 4).view(torch.int32).squeeze(-1).transpose(0, 1)
     return out
 
 

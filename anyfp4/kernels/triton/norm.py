@@ -25,13 +25,19 @@ MAX_K = 1 << 16
 
 
 @triton.jit
-def inverse_rms(x, K, eps):
-    """1 / √(mean square + eps) of each row of float32 x [R, N], which is zero from column K on: float32 [R]."""
-    x64 = x.to(tl.float64)
-    squares = sum_neighbours(x64 * x64).to(tl.float32)
+def inverse_root(squares, K, eps):
+    """1 / √(squares / K + eps) of float64 sums of squares [R]: float32 [R]."""
+    squares = squares.to(tl.float32)
     mean = tl.div_rn(squares, tl.zeros_like(squares) + K)
     root = tl.sqrt_rn(mean + eps)
     return tl.div_rn(tl.zeros_like(root) + 1.0, root)
+
+
+@triton.jit
+def inverse_rms(x, K, eps):
+    """1 / √(mean square + eps) of each row of float32 x [R, N], which is zero from column K on: float32 [R]."""
+    x64 = x.to(tl.float64)
+    return inverse_root(sum_neighbours(x64 * x64), K, eps)
 
 
 @triton.jit
@@ -43,6 +49,7 @@ def _rms_norm(
     column = tl.arange(0, BLOCK)
     live = (row < rows)[:, None] & (column < K)[None, :]
     here = row[:, None] * K + column[None, :]
+    weight = tl.load(p_weight + column, mask=column < K, other=0.0).to(tl.float32)
     start = (row // inner) * outer_stride + (row % inner) * inner_stride
     x = tl.load(p_x + start[:, None] + column[None, :], mask=live, other=0.0).to(tl.float32)
     if ADD:
@@ -50,7 +57,6 @@ def _rms_norm(
         total = rounded(x, p_total.dtype.element_ty)
         tl.store(p_total + here, total, mask=live)
         x = total.to(tl.float32)
-    weight = tl.load(p_weight + column, mask=column < K, other=0.0).to(tl.float32)
     y = x * inverse_rms(x, K, eps)[:, None] * weight[None, :]
     tl.store(p_y + here, rounded(y, p_y.dtype.element_ty), mask=live)
 
@@ -59,7 +65,7 @@ def tile(k: int) -> tuple[int, int, int]:
     """(rows of a program, columns that it holds, warps) for rows of ``k``; nothing else goes into it."""
     block = power_of_two(k)
     rows = max(1, 1024 // block)
-    return rows, block, min(16, max(1, rows * block // 512))
+    return rows, block, min(16, max(1, rows * block // 1024))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

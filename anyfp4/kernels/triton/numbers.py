@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
+
+#: Triton decides on its interpreter when kernels are defined
+INTERPRETING = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -20,7 +24,7 @@ def float32_of(x):
 @triton.jit
 def rounded(v, dtype: tl.constexpr):
     """Float32 ``v`` in ``dtype``, to nearest even; the interpreter's own conversion to bfloat16 truncates."""
-    if dtype == tl.bfloat16:
+    if dtype == tl.bfloat16 and INTERPRETING:
         bits = v.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(v == v, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -28,38 +32,48 @@ def rounded(v, dtype: tl.constexpr):
 
 
 @triton.jit
+def _shifted(m, least, scale):
+    """m + scale × the power of two in m or in ``least``, and that product: float32 m ≥ 0, powers of two.
+
+    Floats near the sum lie as far apart as the numbers of a format near m, so the addition rounds m to the format: to
+    nearest even, subnormal numbers too. The product is exact, so it would do no harm if it were fused.
+    """
+    shift = tl.maximum((m.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True), least) * scale
+    return m + shift, shift
+
+
+@triton.jit
+def e2m1_magnitude(y):
+    """|y| of float32 ``y`` rounded to E2M1, as float32: ties to even, saturating; NaN is 6."""
+    total, shift = _shifted(tl.minimum(tl.abs(y), 6.0), 1.0, 4194304.0)  # 2²²
+    return total - shift
+
+
+@triton.jit
 def e2m1_code(y):
     """The code of float32 ``y`` as int32 (see ``formats/e2m1.py``): ties to even, saturating, NaN is 0."""
-    m = tl.abs(y)
-    code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
-    code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
+    total, shift = _shifted(tl.minimum(tl.abs(y), 6.0), 1.0, 4194304.0)
+    # the sum's last bits count steps from zero as if the whole octave had them
+    steps = total.to(tl.int32, bitcast=True) - shift.to(tl.int32, bitcast=True)
+    code = ((shift.to(tl.int32, bitcast=True) - 0x4A800000) >> 22) + steps
     sign = (y.to(tl.int32, bitcast=True) >> 28) & 8
     return tl.where(y == y, code | sign, 0)
 
 
 @triton.jit
-def e2m1_rounded(y):
-    """Float32 ``y`` rounded to E2M1, as float32: to nearest even, saturating, NaN is +0."""
-    m = tl.minimum(tl.abs(y), 6.0)
-    # above 2²² times the step (a half of m's power of two, at least of 1) a float32 has no finer bits: adding rounds
-    power = tl.maximum(m.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    magic = (power + 0x0B000000).to(tl.float32, bitcast=True)
-    value = ((m + magic) - magic).to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & -2147483648)
-    return tl.where(y == y, value.to(tl.float32, bitcast=True), 0.0)
+def e4m3_rounded(v):
+    """Float32 ``v`` in 0…448, or NaN, rounded to E4M3 (to nearest even): as float32, and its int32 bits (NaN 0x7F)."""
+    total, shift = _shifted(v, 0.015625, 1048576.0)  # 2⁻⁶, 2²⁰
+    steps = total.to(tl.int32, bitcast=True) - shift.to(tl.int32, bitcast=True)
+    code = ((shift.to(tl.int32, bitcast=True) - 0x46800000) >> 20) + steps
+    return total - shift, tl.where(v == v, code, 0x7F)
 
 
 @triton.jit
 def e4m3_bits(v):
-    """E4M3 of float32 ``v`` in 0…448, to nearest even, as int32 bits; NaN is 0x7F."""
-    bits = v.to(tl.int32, bitcast=True)
-    # the carry of rounding runs into the exponent, as it should; 120 = difference of the biases
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # below 2⁻⁶: a multiple of 2⁻⁹; an addition of floats would do, but could be fused with a product before it
-    significand = (bits & 0x7FFFFF) | 0x800000
-    shift = tl.minimum(tl.maximum(141 - (bits >> 23), 1), 25)
-    subnormal = (significand + (1 << (shift - 1)) - 1 + ((significand >> shift) & 1)) >> shift
-    code = tl.where(bits < 0x3C800000, subnormal, normal)  # 2⁻⁶
-    return tl.where(v == v, code, 0x7F)
+    """The bits that :func:`e4m3_rounded` gives."""
+    _, code = e4m3_rounded(v)
+    return code
 
 
 @triton.jit

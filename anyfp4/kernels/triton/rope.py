@@ -14,11 +14,12 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device, power_of_two, row_strides
+from anyfp4.kernels.triton.elementary import sum_neighbours
 from anyfp4.kernels.triton.kv_cache import as_stored, check_caches, inverse_scale, to_cache
-from anyfp4.kernels.triton.norm import inverse_rms
-from anyfp4.kernels.triton.numbers import rounded
+from anyfp4.kernels.triton.norm import inverse_root
+from anyfp4.kernels.triton.numbers import float32_of, rounded
 
-#: elements of half heads that a program holds
+#: elements of half heads that a program of the rotation alone holds
 _TILE = 2048
 
 
@@ -68,47 +69,75 @@ def apply_rope(x: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 @triton.jit
+def _store_cache(p_cache, slot, slots, head, heads, j, HALF, a, b, inverse, live):
+    """Halves of heads [HEADS, BLOCK] into a token's place in a cache."""
+    slots_of = tl.where(live, slot, -1)
+    live = (slots_of >= 0) & (slots_of < slots)
+    there = slot * heads * (2 * HALF) + head * (2 * HALF) + j
+    tl.store(p_cache + there, to_cache(a, inverse, p_cache.dtype.element_ty), mask=live)
+    tl.store(p_cache + there + HALF, to_cache(b, inverse, p_cache.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _squares(a, b, p_row, whole, live, EVEN: tl.constexpr):
+    """Sums of the squares of whole heads [HEADS]; if their halves are no powers of two, heads are read once more."""
+    if EVEN:
+        a, b = a.to(tl.float64), b.to(tl.float64)
+        squares = sum_neighbours(a * a) + sum_neighbours(b * b)
+    else:
+        x = float32_of(tl.load(p_row + whole, mask=live, other=0.0)).to(tl.float64)
+        squares = sum_neighbours(x * x)
+    return squares
+
+
+@triton.jit
 def _rope_and_write(
     p_qkv, p_positions, p_cos_sin, p_q_norm, p_k_norm, p_q, p_k_cache, p_v_cache, p_slots, heads, kv_heads, limit,
     slots, token_stride, HALF, k_inverse, v_inverse, eps,
-    NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head, j = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
-    cos, sin = _angles(p_positions, p_cos_sin, token, j, limit, HALF)
-    dim = 2 * HALF
-    present, column = (head < heads + 2 * kv_heads)[:, None], (j < HALF)[None, :]
-    p_row = p_qkv + token * token_stride + head[:, None] * dim
-    a = tl.load(p_row + j[None, :], mask=present & column, other=0.0).to(tl.float32)
-    b = tl.load(p_row + HALF + j[None, :], mask=present & column, other=0.0).to(tl.float32)
-    x_dtype: tl.constexpr = p_qkv.dtype.element_ty
-    is_q, is_k = (head < heads)[:, None], ((head >= heads) & (head < heads + kv_heads))[:, None]
-    is_v = (head >= heads + kv_heads)[:, None] & present
-    v_a, v_b = a, b
-    if NORM:
-        # the whole row once more (from the cache), for the sum's order is that of whole rows
-        whole = tl.arange(0, 2 * BLOCK)[None, :]
-        x = tl.load(p_row + whole, mask=present & (whole < dim), other=0.0).to(tl.float32)
-        inverse = inverse_rms(x, dim, eps)[:, None]
-        p_weight = tl.where(is_q, p_q_norm, p_k_norm) + j[None, :]
-        weight_a = tl.load(p_weight, mask=column & present, other=0.0).to(tl.float32)
-        weight_b = tl.load(p_weight + HALF, mask=column & present, other=0.0).to(tl.float32)
-        a = rounded(a * inverse * weight_a, x_dtype).to(tl.float32)
-        b = rounded(b * inverse * weight_b, x_dtype).to(tl.float32)
-    first = rounded(a * cos[None, :] - b * sin[None, :], x_dtype)
-    second = rounded(b * cos[None, :] + a * sin[None, :], x_dtype)
-    p_out = p_q + (token * heads + head)[:, None] * dim + j[None, :]
-    tl.store(p_out, first, mask=is_q & column)
-    tl.store(p_out + HALF, second, mask=is_q & column)
-    slot = tl.where(column, tl.load(p_slots + token), -1)
-    stored = (slot >= 0) & (slot < slots)
-    there = (slot * kv_heads + head[:, None] - heads) * dim + j[None, :]
-    cache: tl.constexpr = p_k_cache.dtype.element_ty
-    tl.store(p_k_cache + there, to_cache(first.to(tl.float32), k_inverse, cache), mask=is_k & stored)
-    tl.store(p_k_cache + there + HALF, to_cache(second.to(tl.float32), k_inverse, cache), mask=is_k & stored)
-    there -= kv_heads * dim
-    tl.store(p_v_cache + there, to_cache(v_a, v_inverse, cache), mask=is_v & stored)
-    tl.store(p_v_cache + there + HALF, to_cache(v_b, v_inverse, cache), mask=is_v & stored)
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position, slot = tl.load(p_positions + token), tl.load(p_slots + token)
+    q_groups, kv_groups = tl.cdiv(heads, HEADS), tl.cdiv(kv_heads, HEADS)
+    # a program has heads of one kind
+    is_q, is_v = group < q_groups, group >= q_groups + kv_groups
+    before = tl.where(is_q, 0, tl.where(is_v, heads + kv_heads, heads))
+    group -= tl.where(is_q, 0, tl.where(is_v, q_groups + kv_groups, q_groups))
+    head, j = group * HEADS + tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    present = head < tl.where(is_q, heads, kv_heads)
+    live, dim = present & (j < HALF), 2 * HALF
+    p_row = p_qkv + token * token_stride + (before + head) * dim
+    a = float32_of(tl.load(p_row + j, mask=live, other=0.0))
+    b = float32_of(tl.load(p_row + HALF + j, mask=live, other=0.0))
+    if is_v:
+        _store_cache(p_v_cache, slot, slots, head, kv_heads, j, HALF, a, b, v_inverse, live)
+    else:
+        x_dtype: tl.constexpr = p_qkv.dtype.element_ty
+        if NORM:
+            p_weight = tl.where(is_q, p_q_norm, p_k_norm) + j + head * 0
+            weight_a = float32_of(tl.load(p_weight, mask=live, other=0.0))
+            weight_b = float32_of(tl.load(p_weight + HALF, mask=live, other=0.0))
+        # NaN for a position outside the table, so that it shows
+        positions = tl.where(live, position, -1)
+        inside = (positions >= 0) & (positions < limit)
+        p_cos = p_cos_sin + position * dim + j + head * 0
+        cos = tl.load(p_cos, mask=inside, other=float("nan"))
+        sin = tl.load(p_cos + HALF, mask=inside, other=float("nan"))
+        if NORM:
+            whole = tl.arange(0, 2 * BLOCK)[None, :]
+            squares = _squares(a, b, p_row, whole, present & (whole < dim), EVEN)
+            inverse = inverse_root(squares, dim, eps)[:, None]
+            a = float32_of(rounded(a * inverse * weight_a, x_dtype))
+            b = float32_of(rounded(b * inverse * weight_b, x_dtype))
+        first = rounded(a * cos - b * sin, x_dtype)
+        second = rounded(b * cos + a * sin, x_dtype)
+        if is_q:
+            p_out = p_q + token * heads * dim + head * dim + j
+            tl.store(p_out, first, mask=live)
+            tl.store(p_out + HALF, second, mask=live)
+        else:
+            a, b = float32_of(first), float32_of(second)
+            _store_cache(p_k_cache, slot, slots, head, kv_heads, j, HALF, a, b, k_inverse, live)
 
 
 def rope_and_write(
@@ -171,14 +200,18 @@ def rope_and_write(
     if qkv.stride(2) != 1 or qkv.stride(1) != dim:
         qkv = qkv.contiguous()
     block = power_of_two(half)
-    at_once = min(power_of_two(every), max(1, _TILE // 2 // block))
+    # few tokens want many programs
+    tile, warps = (256, 4) if tokens < 64 else (512, 2)
+    at_once = min(power_of_two(heads), max(1, tile // block))
+    groups = triton.cdiv(heads, at_once) + 2 * triton.cdiv(kv_heads, at_once)
     with on_device(qkv):
-        _rope_and_write[(tokens, triton.cdiv(every, at_once))](
+        _rope_and_write[(tokens, groups)](
             qkv, positions.contiguous(), cos_sin.contiguous(), qkv if q_norm is None else q_norm.contiguous(),
             qkv if k_norm is None else k_norm.contiguous(), q, as_stored(k_cache), as_stored(v_cache),
             slots.contiguous(), heads, kv_heads, cos_sin.shape[0], k_cache.shape[0] * k_cache.shape[1], qkv.stride(0),
             half, inverse_scale(k_scale, k_cache), inverse_scale(v_scale, v_cache), eps,
-            NORM=q_norm is not None, HEADS=at_once, BLOCK=block, num_warps=4, enable_fp_fusion=False,
+            NORM=q_norm is not None, HEADS=at_once, BLOCK=block, EVEN=block == half, num_warps=warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return q
 

@@ -1,0 +1,101 @@
+// Activation quantization: x [M, K] to code · block_scale in bfloat16 (exact), bit for bit as formats/nvfp4.py; once for
+// each of the global scales. Four threads share a block of 16. After async.cu. KIND: 0 bfloat16, 1 float16, 2 float32.
+
+#if KIND == 2
+typedef float element;
+#else
+typedef uint16 element;
+#endif
+
+struct alignas(4 * sizeof(element)) Four {
+    element v[4];
+};
+
+INLINE float wide(element v) {
+#if KIND == 0
+    return __uint_as_float(static_cast<uint32>(v) << 16);
+#elif KIND == 1
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+#else
+    return v;
+#endif
+}
+
+// To the type of x and back. A NaN stays one.
+INLINE float narrowed(float f) {
+#if KIND == 0
+    uint16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return wide(bits);
+#elif KIND == 1
+    uint16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+    return wide(bits);
+#else
+    return f;
+#endif
+}
+
+// E4M3 of 0 … 448, to nearest even, and back; a NaN stays one.
+INLINE float as_scale(float f) {
+    uint16 code;
+    uint32 half;
+    float out;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(code) : "f"(0.0f), "f"(f));
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(half) : "h"(code));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(static_cast<uint16>(half)));
+    return out;
+}
+
+// The E2M1 number nearest to f: ties to the even code, saturating, a NaN is 0.
+INLINE float as_value(float f) {
+    float a = fabsf(f), r;
+    if (a < 2.0f)
+        r = rintf(2.0f * a) * 0.5f;
+    else if (a < 4.0f)
+        r = rintf(a);
+    else
+        r = fminf(2.0f * rintf(0.5f * a), 6.0f);
+    return f == f ? copysignf(r, f) : 0.0f;
+}
+
+INLINE uint32 bfloat_pair(float low, float high) {
+    uint32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    quantize(const element *x, const element *pre, const float *inverse_scales, uint2 *values, int quarters, int k, int stride) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    int i = blockIdx.x * 128 + threadIdx.x;
+    if (i >= quarters) return;  // whole blocks of 16: K is a multiple of it
+    int per_row = k / 4, row = i / per_row, column = (i - row * per_row) * 4;
+    Four in = *reinterpret_cast<const Four *>(x + static_cast<long long>(row) * stride + column);
+    float v[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = wide(in.v[j]);
+    if (pre) {
+        Four factor = *reinterpret_cast<const Four *>(pre + column);
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = narrowed(v[j] * wide(factor.v[j]));
+    }
+    // as integers, magnitudes are in order and NaN is the largest
+    uint32 largest = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) largest = max(largest, __float_as_uint(v[j]) & 0x7FFFFFFFu);
+    uint32 mask = __activemask();
+    largest = max(largest, __shfl_xor_sync(mask, largest, 1));
+    largest = max(largest, __shfl_xor_sync(mask, largest, 2));
+    float g = inverse_scales[blockIdx.y];
+    float raw = g * (__uint_as_float(largest) * 0.16666667163372040f);
+    float s = as_scale(raw > 448.0f ? 448.0f : raw);
+    float factor = __fdiv_rn(g, s);
+    // where s is zero the quotient is infinite, and every code zero
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = s == 0.0f ? 0.0f : as_value(v[j] * factor) * s;
+    values[static_cast<long long>(blockIdx.y) * quarters + i] = make_uint2(bfloat_pair(v[0], v[1]), bfloat_pair(v[2], v[3]));
+}

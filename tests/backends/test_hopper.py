@@ -1,0 +1,81 @@
+"""The Hopper backend without the hardware: when it runs, and what it makes of a weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anyfp4.backends import base, hopper, registry, triton
+from anyfp4.backends.hopper import HopperBackend, HopperNVFP4
+from anyfp4.errors import InvalidArgumentError
+from anyfp4.formats import quantize
+from anyfp4.formats.weights import DenseWeight, NVFP4Weight
+from anyfp4.kernels.hopper import compiler, runtime
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Pretends that there is an H200, with all that the backend needs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "find_spec", lambda _: object())
+    for module in (base, triton, hopper):
+        monkeypatch.setattr(module, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(compiler, "find_nvrtc", lambda: "libnvrtc.so")
+    monkeypatch.setattr(runtime, "why_no_driver", lambda: None)
+    return monkeypatch
+
+
+def test_it_is_the_first_choice_on_a_hopper(gpu: pytest.MonkeyPatch) -> None:
+    assert registry.select(GPU).name == "hopper"
+    assert registry.select(GPU, requested="triton").name == "triton"
+
+
+def test_what_is_missing_is_named_and_triton_chosen(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(hopper, "architecture", lambda _: "sm_80")
+    assert HopperBackend().why_not(GPU) == "needs sm_90 (H100, H200), this is sm_80"
+    gpu.setattr(hopper, "architecture", lambda _: "sm_90")
+    gpu.setattr(runtime, "why_no_driver", lambda: "no driver")
+    assert HopperBackend().why_not(GPU) == "no driver"
+    gpu.setattr(compiler, "find_nvrtc", lambda: None)
+    assert "libnvrtc was not found" in str(HopperBackend().why_not(GPU))
+    assert registry.select(GPU).name == "triton"
+
+
+def test_one_copy_of_a_weight_with_each_run_of_rows_padded() -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = [quantize(torch.randn(n, 144, generator=g)) for n in (70, 10)]
+    joined = type(tensors[0])(
+        torch.cat([t.packed for t in tensors]), torch.cat([t.block_scale for t in tensors]),
+        torch.cat([t.global_scale for t in tensors]), (70, 10),
+    )  # fmt: skip
+    one = HopperBackend().prepare(NVFP4Weight(joined, torch.tensor([0.5, 0.5])))
+    two = HopperBackend().prepare(NVFP4Weight(joined, torch.tensor([0.5, 0.25])))
+    assert isinstance(one.data, HopperNVFP4) and one.data.values_dtype == torch.bfloat16
+    assert one.data.packed.records.shape == (2, 3, 2304) and one.data.packed.runs == ((80, 0),)
+    assert two.data.packed.records.shape == (3, 3, 2304) and two.data.packed.runs == ((70, 0), (10, 1))
+    assert one.nbytes == 2 * 3 * 2304 + 80 * 4 + 4
+
+
+def test_runs_of_rows_in_groups_of_tiles() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(330, 64, generator=g))
+    shards = type(weight)(weight.packed, weight.block_scale, weight.global_scale.expand(2).contiguous(), (200, 130))
+    records = HopperBackend().prepare(NVFP4Weight(shards, torch.tensor([1.0, 2.0]))).data.packed
+    groups, rows = records.tables(3)
+    assert groups.tolist() == [[0, 3, 0], [3, 1, 0], [4, 3, 1]]
+    assert rows.tolist() == [[0, 64], [64, 64], [128, 64], [192, 8], [200, 64], [264, 64], [328, 2]]
+
+
+def test_other_numerics_and_weights_are_tritons() -> None:
+    pytest.importorskip("triton")
+    g = torch.Generator().manual_seed(0)
+    weight = NVFP4Weight(quantize(torch.randn(8, 64, generator=g)), torch.tensor([0.5]))
+    backend = HopperBackend()
+    assert not isinstance(backend.prepare(weight, "blackwell").data, HopperNVFP4)
+    assert isinstance(backend.prepare(NVFP4Weight(weight.weight), "blackwell").data, HopperNVFP4)  # weight-only
+    dense = backend.prepare(DenseWeight(torch.randn(8, 64, generator=g).bfloat16()))
+    assert dense.backend == "hopper" and not isinstance(dense.data, HopperNVFP4)
+    with pytest.raises(InvalidArgumentError):
+        backend.prepare(weight, "exact")

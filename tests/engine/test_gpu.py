@@ -1,0 +1,99 @@
+"""The engine on a GPU: graphs on and off, alone and in a batch, every kind of sampling: the same bits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyfp4.checkpoint.reader import Checkpoint
+from anyfp4.engine.config import EngineConfig, SamplingParams
+from anyfp4.engine.engine import Engine
+from anyfp4.engine.sequence import Sequence
+from anyfp4.models.decoder import Decoder
+from anyfp4.models.loader import load_decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees"),
+]
+REQUESTS = 70
+
+
+@pytest.fixture(scope="module", params=["native", "blackwell"])
+def gpu_decoder(tiny_model: Path, request: pytest.FixtureRequest) -> Decoder:
+    with Checkpoint(tiny_model) as checkpoint:
+        return load_decoder(checkpoint, device=torch.device("cuda"), numerics=request.param)
+
+
+def requests(vocab: int) -> list[tuple[list[int], SamplingParams]]:
+    rng = random.Random(1)
+    found = []
+    for i in range(REQUESTS):
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 0.0, 0.7, 1.3]), top_k=rng.choice([0, 0, 5]), top_p=rng.choice([1.0, 0.8]),
+            min_p=rng.choice([0.0, 0.05]), seed=i, max_tokens=rng.randint(1, 30), ignore_eos=True,
+            logprobs=rng.choice([None, 0, 4]), prompt_logprobs=rng.choice([None, None, 2]),
+            repetition_penalty=rng.choice([1.0, 1.2]), presence_penalty=rng.choice([0.0, 0.5]),
+            frequency_penalty=rng.choice([0.0, 0.3]), logit_bias=rng.choice([None, {3: 4.0, 5: -1.0}]),
+        )  # fmt: skip
+        found.append(([rng.randrange(vocab) for _ in range(rng.randint(1, 60))], params))
+    return found
+
+
+def run(model: Decoder, wanted: list[tuple[list[int], SamplingParams]], **options: object) -> list[Sequence]:
+    engine = Engine(model, EngineConfig(kv_cache_bytes=64 << 20, **options))  # type: ignore[arg-type]
+    sequences = [s for i, (tokens, params) in enumerate(wanted) for s in engine.add(str(i), tokens, params)]
+    while engine.has_work:
+        engine.step()
+    assert [s.error for s in sequences] == [None] * len(sequences)
+    return sequences
+
+
+def outcome(s: Sequence) -> object:
+    return s.tokens, s.logprobs, s.prompt_logprobs, s.finish_reason
+
+
+def test_graphs_and_batches_change_nothing(gpu_decoder: Decoder) -> None:
+    wanted = requests(gpu_decoder.config.vocab_size)
+    alone = [outcome(run(gpu_decoder, [request], cuda_graphs=False)[0]) for request in wanted]
+    for options in (
+        {"cuda_graphs": True, "max_num_seqs": 70},
+        {"cuda_graphs": True, "max_num_seqs": 5, "max_step_tokens": 16, "block_size": 3},
+        {"cuda_graphs": False, "max_num_seqs": 33},
+    ):
+        got = [outcome(s) for s in run(gpu_decoder, wanted, **options)]
+        different = [i for i, (a, b) in enumerate(zip(alone, got, strict=True)) if a != b]
+        assert not different, (options, different)
+
+
+def test_warming_up_captures_everything_and_changes_nothing(gpu_decoder: Decoder) -> None:
+    wanted = requests(gpu_decoder.config.vocab_size)[:6]
+    expected = [outcome(s) for s in run(gpu_decoder, wanted)]
+    engine = Engine(gpu_decoder, EngineConfig(kv_cache_bytes=64 << 20, max_step_tokens=100, max_num_seqs=9))
+    calls: list[tuple[int, int]] = []
+    engine.warm_up(lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1] == len(calls)
+    assert engine.graphs is not None and len(engine.graphs._captured) == len(engine.graphs.shapes)
+    sequences = [s for i, (tokens, params) in enumerate(wanted) for s in engine.add(str(i), tokens, params)]
+    while engine.has_work:
+        engine.step()
+    assert [outcome(s) for s in sequences] == expected
+
+
+def test_decode_steps_run_as_graphs_and_copy_only_tokens(gpu_decoder: Decoder) -> None:
+    engine = Engine(gpu_decoder, EngineConfig(kv_cache_bytes=64 << 20))
+    assert engine.graphs is not None
+    for i in range(3):
+        engine.add(str(i), [1, 2, 3], SamplingParams(temperature=i / 2, seed=1, max_tokens=20, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    assert {shape.tokens for shape in engine.graphs._captured} == {4, 16}
+    # any copy to the host but the one of the tokens would wait for the device
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        engine.step()
+        torch.cuda.synchronize()
+    copies = [e for e in trace.events() if "DtoH" in e.name]
+    assert len(copies) == 1, [e.name for e in trace.events()]
