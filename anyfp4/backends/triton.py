@@ -74,10 +74,12 @@ class TritonBackend(Backend):
         return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(data), data)
 
     def workspace_nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """See :meth:`Backend.workspace_nbytes`: a weight dequantized, and the splits of long sequences."""
+        """See :meth:`Backend.workspace_nbytes`: a weight dequantized, splits of long sequences, sums over K."""
         n, k = shape
         elements = n * k if dtype == torch.float32 else min(n * k, kernel("gemm").WORKSPACE)
-        return max(elements * dtype.itemsize, int(kernel("attention").MAX_SCRATCH))
+        # the sums of a stream, and those of graphs
+        sums = 2 * int(kernel("workspace").NBYTES)
+        return max(elements * dtype.itemsize, int(kernel("attention").MAX_SCRATCH)) + sums
 
     def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
         """See :func:`anyfp4.ops.linear.linear`."""

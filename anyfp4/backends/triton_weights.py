@@ -80,7 +80,7 @@ def prepare_nvfp4(weight: NVFP4Weight, numerics: str) -> TritonNVFP4:
         scales, exponents = layout.pack_scales(magnitude, blackwell.WORDS), _exponents(magnitude)
         del magnitude
         words = layout.pack_codes(tensor.packed, blackwell.WORDS)
-        tiles = layout.cut(runs, blackwell.TILE, tensor.device)
+        tiles = {rows: layout.cut(runs, rows, tensor.device) for rows in blackwell.ROWS}
         packed = blackwell.Blocks(words, scales, *exponents, tiles, k, alpha, bias)
         return TritonNVFP4(packed, inverses, weight.pre_quant_scale)
     subnormal = bool(((magnitude > 0) & (magnitude < 8)).any())

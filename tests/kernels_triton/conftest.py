@@ -7,6 +7,8 @@ import importlib.util
 import pytest
 import torch
 
+from tests.kernels_triton import child
+
 collect_ignore_glob = [] if importlib.util.find_spec("triton") is not None else ["test_*.py"]
 
 
@@ -14,3 +16,10 @@ collect_ignore_glob = [] if importlib.util.find_spec("triton") is not None else 
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU in the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilers(request: pytest.FixtureRequest) -> None:
+    """Kernels compile in other processes while the first tests of this folder run."""
+    if any(item.path.name.startswith("test_compile") for item in request.session.items):
+        child.start_all()

@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyfp4.formats import e4m3
 from anyfp4.formats.nvfp4 import dequantize_blocks, quantize_blocks
 from anyfp4.formats.weights import DenseWeight, FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.kernels.triton import gemm, linear_packed
 from anyfp4.kernels.triton.layout import SEGMENT
-from anyfp4.numerics import hopper
 from anyfp4.ops import linear as reference
 from anyfp4.testing.bitwise import assert_same_bits
-from tests.kernels_triton.linears import TRITON, activation, nvfp4, prepare, values
+from tests.kernels_triton import oracles
+from tests.kernels_triton.linears import TRITON, activation, fp8, fp8_activation, nvfp4, prepare, values
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ON_GPU = torch.cuda.is_available()
@@ -35,12 +34,13 @@ def operands(x: Tensor, weight: LinearWeight) -> tuple[list[Tensor], Tensor, Ten
     if isinstance(weight, DenseWeight):
         return [x.double()], weight.weight.double(), torch.ones(1, n)
     if isinstance(weight, FP8Weight):
-        scale = weight.input_scale
-        if scale is None:
-            amax = x.float().abs().amax(dim=1, keepdim=True)
-            scale = torch.where(amax == 0, torch.ones_like(amax), amax / 448.0)
-        quantized = e4m3.encode(x.float() * (1.0 / scale)).float().double()
-        return [quantized], weight.weight.float().double(), (scale * weight.weight_scale).double()
+        codes, scale = (x, torch.ones(())) if weight.weight_only else fp8_activation(x, weight)
+        w_scale = weight.weight_scale.double()
+        if weight.block_wise:
+            w_scale = w_scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, : x.shape[1]]
+        else:
+            w_scale = w_scale.reshape(-1, 1)
+        return [codes.double() * scale.double()], weight.weight.double() * w_scale, torch.ones(1, n)
     if weight.pre_quant_scale is not None:
         x = x * weight.pre_quant_scale.to(x.dtype)
     factor = reference.alpha(weight).repeat_interleave(torch.tensor(weight.weight.shard_sizes)).double()
@@ -104,14 +104,32 @@ def test_dense(types: tuple[str, str], device: torch.device) -> None:
     check(getattr(x, types[0])(), DenseWeight(getattr(w, types[1])(), torch.ones(70)), device)
 
 
-@pytest.mark.parametrize("static", [True, False])
-def test_fp8(static: bool, device: torch.device) -> None:
-    g = torch.Generator().manual_seed(0)
-    w = e4m3.encode(torch.randn(20, 96, generator=g) * torch.exp2(torch.randn(20, 96, generator=g) * 4))
-    x = activation(4, 96)
+FP8_KINDS = ("tensor", "row", "static", "weight-only", "block", "block-weight-only")
+
+
+@pytest.mark.parametrize("kind", FP8_KINDS)
+def test_fp8(kind: str, device: torch.device) -> None:
+    x = activation(4, 200)
     x[2] = 0
-    for scale in (torch.tensor([0.25]), torch.rand(20, generator=g)):
-        check(x, FP8Weight(w, scale, torch.tensor([0.01]) if static else None), device)
+    check(x.half(), fp8(150, 200, kind, bias=True), device)
+
+
+@pytest.mark.parametrize("kind", ["weight-only", "block-weight-only"])
+def test_fp8_with_float32_activations(kind: str, device: torch.device) -> None:
+    check(activation(4, 200), fp8(150, 200, kind), device)
+
+
+@pytest.mark.parametrize("kind", FP8_KINDS)
+def test_special_fp8_values(kind: str, device: torch.device) -> None:
+    """A NaN spoils its row of either side, an infinity too, and nothing else; a row of zeros gives zeros."""
+    weight = fp8(40, 160, kind)
+    weight.weight.view(torch.uint8)[3, 140] = 0x7F
+    x = activation(5, 160).half()
+    x[0, 7], x[1, 130], x[2] = torch.nan, torch.inf, 0
+    y = TRITON.linear(x.to(device), prepare(weight, device), torch.float32).cpu()
+    expected = reference.linear(x, weight, out_dtype=torch.float32)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y[2].nan_to_num(7.0), expected[2].nan_to_num(7.0))
 
 
 def test_many_tokens_take_another_kernel(device: torch.device) -> None:
@@ -145,44 +163,38 @@ def test_a_row_on_its_own(device: torch.device) -> None:
             assert_same_bits(TRITON.linear(x[i : i + 1].to(device), prepared), whole[i : i + 1])
 
 
-def predicted(a: Tensor, w: Tensor) -> Tensor:
-    """Hopper's bits in the order of ``layout.py``: one chain for each segment, added in order."""
-    total = torch.zeros(())
-    for start in range(0, a.shape[1], SEGMENT):
-        part = hopper.matmul(a[:, start : start + SEGMENT].half(), w[:, start : start + SEGMENT].half())
-        total = part if start == 0 else total + part
-    return total
+def layer(kind: str, n: int, k: int, seed: int) -> LinearWeight:
+    if kind.startswith("fp8"):
+        return fp8(n, k, kind.removeprefix("fp8-"), seed, bias=True)
+    if kind == "dense":
+        return DenseWeight(activation(n, k, seed).bfloat16())
+    return nvfp4(n, k, seed, weight_only=kind == "weight-only", wild=kind == "wild", inputs=(2.0**-7,))
+
+
+KINDS = ("w4a4", "wild", "weight-only", "dense", *(f"fp8-{kind}" for kind in FP8_KINDS))
 
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("n", "k", "m"), [(64, 64, 1), (130, 576, 5), (70, 1024, 33), (40, 4352, 3), (200, 768, 300), (24, 9216, 2)]
+    ("n", "k", "m"), [(64, 64, 1), (130, 576, 5), (70, 2048, 33), (40, 3184, 3), (200, 1104, 300), (24, 9216, 2)]
 )
-def test_the_bits_of_a_hopper(n: int, k: int, m: int, wild: bool, device: torch.device) -> None:
-    weight, x = nvfp4(n, k, m, wild=wild, inputs=(2.0**-7,)), activation(m, k, n, spread=1.0).bfloat16()
-    a = dequantize_blocks(*quantize_blocks(x, weight.input_global_scale))
-    expected = predicted(a, values(weight)) * reference.alpha(weight)
-    assert_same_bits(TRITON.linear(x.to(device), prepare(weight, device), torch.float32), expected)
+def test_the_bits_of_a_hopper(n: int, k: int, m: int, kind: str, device: torch.device) -> None:
+    weight, x = layer(kind, n, k, m), activation(m, k, n, spread=1.0).bfloat16()
+    got = TRITON.linear(x.to(device), prepare(weight, device), torch.float32)
+    assert_same_bits(got, oracles.linear(x, weight))
 
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("kind", ["w4a4", "blackwell", "weight-only", "dense", "fp8", "fp8-static"])
+@pytest.mark.parametrize("kind", ["blackwell", *KINDS])
 @pytest.mark.parametrize(("n", "k"), [(576, 576), (1000, 4096), (512, 6144)])
 def test_rows_never_depend_on_others(kind: str, n: int, k: int, device: torch.device) -> None:
-    g = torch.Generator().manual_seed(n)
-    weight: LinearWeight = nvfp4(n, k, weight_only=kind == "weight-only")
-    if kind == "dense":
-        weight = DenseWeight(torch.randn(n, k, generator=g).bfloat16())
-    elif kind.startswith("fp8"):
-        scale = torch.tensor([0.01]) if kind == "fp8-static" else None
-        weight = FP8Weight(e4m3.encode(torch.randn(n, k, generator=g)), torch.rand(n, generator=g), scale)
-    prepared = prepare(weight, device, "blackwell" if kind == "blackwell" else "native")
+    prepared = prepare(layer(kind, n, k, n), device, "blackwell" if kind == "blackwell" else "native")
     x = activation(8192, k, k, spread=1.0).bfloat16().to(device)
     single = {i: TRITON.linear(x[i : i + 1], prepared) for i in (0, 1, 15, 16, 63, 64, 255, 256, 1000, 4095, 8191)}
-    for m in (1, 2, 8, 16, 17, 32, 64, 65, 128, 256, 257, 512, 1024, 4096, 8192):
+    for m in (1, 2, 8, 16, 17, 32, 64, 65, 128, 256, 512, 1024, 8192):
         y = TRITON.linear(x[:m], prepared)
         for i, row in single.items():
             if i < m:

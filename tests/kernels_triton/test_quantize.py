@@ -38,7 +38,7 @@ def check(x: torch.Tensor, scale: float, device: torch.device) -> None:
 @pytest.mark.parametrize("spread", [0, 4, 12])
 def test_random(dtype: torch.dtype, spread: int, device: torch.device) -> None:
     g = torch.Generator().manual_seed(spread)
-    x = torch.randn(19, 80, generator=g) * torch.exp2(torch.randn(19, 80, generator=g) * spread)
+    x = torch.randn(5, 304, generator=g) * torch.exp2(torch.randn(5, 304, generator=g) * spread)
     for scale in (1.0, 0.0037, 123.4, 2.0**-100, 2.0**100):
         check(x.to(dtype), scale, device)
 
@@ -66,7 +66,7 @@ def test_ties_and_their_neighbours(device: torch.device) -> None:
     blocks[:, 0] = 6.0
     blocks[:, 1] = torch.cat([points, -points])
     for exponent in (-6, 0, 5):
-        check(blocks * 2.0**exponent, 1.0, device)
+        check((blocks * 2.0**exponent).view(2, -1), 1.0, device)
 
 
 def test_every_scale_tie(device: torch.device) -> None:
@@ -78,7 +78,7 @@ def test_every_scale_tie(device: torch.device) -> None:
     amax = (amax.view(torch.int32) + steps).clamp(min=0).view(torch.float32)
     x = torch.zeros(len(amax), 16)
     x[:, 7] = amax
-    check(x, 1.0, device)
+    check(x.view(5, -1), 1.0, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -110,7 +110,9 @@ def launch_dequantize(words: Tensor, scales: Tensor | None, out: Tensor, first: 
     )  # fmt: skip
 
 
-def packed_gemm(x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor | None = None) -> Tensor:
+def packed_gemm(
+    x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor | None = None, rows: int | None = None
+) -> Tensor:
     """As ``linear_packed.packed_linear``, for many tokens, with the same bits.
 
     Args:
@@ -118,6 +120,7 @@ def packed_gemm(x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor |
         weight: N rows.
         out_dtype: of the result.
         row: float32 [M], a factor of each token, or None.
+        rows: of a tile, 128 or 256; by default by N and M.
 
     Returns:
         [M, N].
@@ -127,25 +130,25 @@ def packed_gemm(x: Tensor, weight: Packed, out_dtype: torch.dtype, row: Tensor |
     def slab(first: int, rows: int) -> Tensor:
         return dequantize(weight, first, rows, x.dtype)
 
-    return _run(x, slab, most, weight.tiles, weight.alpha, weight.bias, out_dtype, row)
+    return _run(x, slab, most, weight.tiles, weight.alpha, weight.bias, out_dtype, row, rows)
 
 
 def dense_gemm(
     x: Tensor, w: Tensor, tiles: Mapping[int, Tiles], alpha: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """x [1, M, K] · w [N, K]ᵀ, both float16 or both bfloat16, K a multiple of 8; otherwise as :func:`packed_gemm`."""
-    return _run(x, lambda first, rows: w[first : first + rows], w.shape[0], tiles, alpha, bias, out_dtype, None)
+    return _run(x, lambda first, rows: w[first : first + rows], w.shape[0], tiles, alpha, bias, out_dtype, None, None)
 
 
 def _run(
     x: Tensor, slab: Callable[[int, int], Tensor], most: int, tiles_by_rows: Mapping[int, Tiles], alpha: Tensor,
-    bias: Tensor | None, out_dtype: torch.dtype, row: Tensor | None,
+    bias: Tensor | None, out_dtype: torch.dtype, row: Tensor | None, rows: int | None,
 ) -> Tensor:  # fmt: skip
     from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415
 
     q, m, k = x.shape
     n = alpha.shape[0]
-    rows = division.gemm_rows(n, m, multiprocessors(x.device))
+    rows = rows or division.gemm_rows(n, m, multiprocessors(x.device))
     tiles = tiles_by_rows[rows]
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     x_desc = TensorDescriptor.from_tensor(x.view(q * m, k), [TOKENS, STEP])

@@ -137,8 +137,10 @@ def group_values(
     w = tl.load(p_w + row[:, None] * W + tl.arange(0, W)[None, :]).to(tl.uint32, bitcast=True)
     if BITS == 4:
         u = tl.load(p_s + row[:, None] * 2 + tl.arange(0, 2)[None, :]).to(tl.uint32, bitcast=True)
-        return code_values(w, u, R, W, SUBNORMAL)
-    return byte_values(w, R, W)
+        values = code_values(w, u, R, W, SUBNORMAL)
+    else:
+        values = byte_values(w, R, W)
+    return values
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 
 #: float32 sums (32 MiB), and tiles
 SUMS, TILES = 8 << 20, 16 << 10
+NBYTES = 4 * (SUMS + TILES)
 _GRAPHS = -1
 
 
