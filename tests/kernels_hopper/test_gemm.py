@@ -25,7 +25,7 @@ PACKED = [
     *CHOSEN,
     Shape(64),
     Shape(176, cluster=2, lag=2),
-    Shape(128, batch=2, prefetch=1),
+    Shape(128, batch=2),
     Shape(256, cluster=2, kept=56),
 ]
 DENSE = [gemm.dense_shape(m) for m in (1, 50, 128, 200, 256, 1024)]

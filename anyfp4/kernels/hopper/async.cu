@@ -67,15 +67,6 @@ INLINE void barrier_wait(uint32 barrier, uint32 phase) {
         "finished:\n\t}" ::"r"(barrier), "r"(phase) : "memory");
 }
 
-INLINE int barrier_test(uint32 barrier, uint32 phase) {
-    int done;
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.b32 %0, 1, 0, p;\n\t}" : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-    return done;
-}
-
 INLINE void prefetch_map(const TensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -11,24 +11,20 @@
 //
 // Macros: COLUMNS, BLOCKS (COLUMNS / 16), STAGES, CLUSTER (blocks that share the right operand), LAG, BATCH (16-column
 // steps unpacked at a time), SETS (of registers for a stage of them; 2 wants BATCH 4), KEPT (sums of segments that a
-// thread has in registers), PREFETCH (words of the next stage), HEIGHT (tiles of tokens side by side), SEGMENT_STEPS,
-// PACKED, SWAP, BFLOAT (operands, else float16), OUT (0 float32, 1 float16, 2 bfloat16), ROW, BIAS.
+// thread has in registers), HEIGHT (tiles of tokens side by side), SEGMENT_STEPS, PACKED, SWAP, BFLOAT (operands, else
+// float16), OUT (0 float32, 1 float16, 2 bfloat16), ROW, BIAS.
 
 // a thread's part of a stage of records: a word for each sixteen columns, four scales each of rows g and g + 8
 struct Words {
     uint32 word[4];
     uint2 scales;
-    int there;
 };
 
-// The words of the ring's stage if it is there already. No branch: one between the matrix instructions of a stage makes
-// the compiler wait for each of them.
-INLINE Words words_ahead(const Work &work, const Ring &ring, int warpgroup) {
+INLINE Words words_of(const Work &work, const Ring &ring, int warpgroup) {
     const int thread = threadIdx.x % 128;
     const uint32 at = work.base + LEFT_OFFSET + ring.stage * LEFT_BYTES + warpgroup * RECORD;
-    const int there = barrier_test(work.full + 8 * ring.stage, ring.phase);
     const uint4 v = load_shared_16(at + 16 * thread);
-    return {{v.x, v.y, v.z, v.w}, load_shared_8(at + 2048 + thread / 4 * 8), there};
+    return {{v.x, v.y, v.z, v.w}, load_shared_8(at + 2048 + thread / 4 * 8)};
 }
 
 #if BFLOAT
@@ -78,23 +74,19 @@ INLINE void add_segment(float (&acc)[8 * BLOCKS], float (&total)[8 * BLOCKS], co
 // One stage: 64 columns, the one after `done` others of the segment. Registers of A are written only behind a wait for
 // the instructions that last read them, and without a branch in between: the compiler sees that it need not wait more.
 template <int SET>
-INLINE void multiply(float (&acc)[8 * BLOCKS], uint32 (&a)[SETS][4][4], Words &ahead, const Work &work, Ring &ring,
-                     int warpgroup, int done) {
+INLINE void multiply(float (&acc)[8 * BLOCKS], uint32 (&a)[SETS][4][4], const Work &work, Ring &ring, int warpgroup,
+                     int done) {
     const uint64 b = matrix_descriptor(work.base + ring.stage * RIGHT_BYTES);
     const int stage = ring.stage;
 #if PACKED
-    if (!PREFETCH || !ahead.there) {
-        barrier_wait(work.full + 8 * ring.stage, ring.phase);
-        ahead = words_ahead(work, ring, warpgroup);
-    }
-    const Words words = ahead;
+    barrier_wait(work.full + 8 * ring.stage, ring.phase);
+    const Words words = words_of(work, ring, warpgroup);
     ring.next();
     uint32 upper[2], lower[2];
     UNPACK_SCALES(words.scales.x, work.exponent, upper);
     UNPACK_SCALES(words.scales.y, work.exponent, lower);
 #pragma unroll
     for (int j = 0; j < 4; j += BATCH) {
-        if (PREFETCH && j + BATCH == 4) ahead = words_ahead(work, ring, warpgroup);
         wgmma_wait<SETS * 4 / BATCH - 1>();
 #pragma unroll
         for (int i = j; i < j + BATCH; i++) unpack_word(i, words.word[i], upper, lower, a[SET][i]);
@@ -122,7 +114,6 @@ INLINE void multiply_tiles(const Work &work, const Finish &f, const TensorMap *y
     const int warpgroup = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
     float acc[8 * BLOCKS], total[8 * BLOCKS];
     uint32 a[SETS][4][4];
-    Words ahead = {};
     Ring ring;
     if (LAG && warpgroup == 1 && first < tiles) named_sync(1, 256);
     int lag = LAG && warpgroup == 0 ? min(LAG, work.steps) : 0;
@@ -139,12 +130,12 @@ INLINE void multiply_tiles(const Work &work, const Finish &f, const TensorMap *y
             const int count = min(work.steps - k, SEGMENT_STEPS);
             int done = 0;
             while (done + SETS <= count) {
-                multiply<0>(acc, a, ahead, work, ring, warpgroup, done++);
-                if (SETS == 2) multiply<SETS - 1>(acc, a, ahead, work, ring, warpgroup, done++);
+                multiply<0>(acc, a, work, ring, warpgroup, done++);
+                if (SETS == 2) multiply<SETS - 1>(acc, a, work, ring, warpgroup, done++);
                 if (lag > 0 && (lag -= SETS) <= 0) named_arrive(1, 256);
             }
             if (done < count) {
-                multiply<0>(acc, a, ahead, work, ring, warpgroup, done++);
+                multiply<0>(acc, a, work, ring, warpgroup, done++);
                 if (lag > 0 && --lag <= 0) named_arrive(1, 256);
             }
             k += count;

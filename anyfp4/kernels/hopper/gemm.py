@@ -42,7 +42,6 @@ class Shape:
     lag: int = 0
     batch: int = 4
     sets: int = 1
-    prefetch: int = 0
     kept: int = 0
     height: int = 8
 
