@@ -27,7 +27,6 @@ from anyfp4.kernels.triton.numbers import rounded
 #: tokens of a tile, columns of a step
 TOKENS, STEP = 128, 64
 #: elements of the workspace: 512 MiB
-#: elements of the workspace: 512 MiB
 WORKSPACE = 1 << 28
 #: rows that a program dequantizes
 _ROWS = 64
