@@ -18,8 +18,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _compiles(item: pytest.Item) -> bool:
+    return item.path.name.startswith("test_compile")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need kernels compiled come last."""
+    items.sort(key=_compiles)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilers(request: pytest.FixtureRequest) -> None:
     """Kernels compile in other processes while the first tests of this folder run."""
-    if any(item.path.name.startswith("test_compile") for item in request.session.items):
+    if any(map(_compiles, request.session.items)):
         child.start_all()
