@@ -169,9 +169,10 @@ def test_shared_splits_agree(device: torch.device, monkeypatch: pytest.MonkeyPat
     assert_same_bits(torch.cat(windowed.run(*spans)), one)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize(
+    ("which", "broken", "window"),
+    [("k", math.nan, None), ("k", -math.inf, 40), ("v", math.nan, 40), ("v", math.inf, None), ("v", -math.inf, 40)],
+)
 def test_what_a_row_does_not_see_cannot_reach_it(
     device: torch.device, window: int | None, broken: float, which: str
 ) -> None:
