@@ -1,0 +1,1 @@
+"""anyfp4 inside other libraries: one module for each."""
