@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anyfp4.device import architecture
-from anyfp4.formats.weights import LinearWeight
+from anyfp4.formats.weights import LinearWeight, NVFP4Weight
 from anyfp4.ops import activation, attention, linear, norm, rope, sampling
 from anyfp4.ops.attention import AttentionBatch
 
@@ -122,6 +122,25 @@ class Backend:
     def prepare(self, weight: LinearWeight, numerics: str = "native") -> PreparedLinear:
         """Brings a weight into the form that :meth:`linear` reads. May keep or copy; the caller drops its own."""
         return PreparedLinear(self.name, weight.shape, numerics, weight.nbytes, weight)
+
+    def matrices(self, prepared: PreparedLinear) -> tuple[Tensor, ...]:
+        """A weight's matrices in the plain layout that :meth:`prepare` read, for saving a model that was loaded.
+
+        Args:
+            prepared: from this backend.
+
+        Returns:
+            (packed uint8 [N, K/2], block_scale float8_e4m3fn [N, K/16]) of an NVFP4 weight, (weight [N, K],) of an FP8
+            or dense one. They have the bits that were prepared, except where these change no product: the sign of a
+            block scale may have moved into its codes, and the codes of a block whose scale is zero may be zero.
+
+        Raises:
+            UnsupportedError: a scale of the weight is NaN, and the layout no longer tells which.
+        """
+        weight: LinearWeight = prepared.data
+        if isinstance(weight, NVFP4Weight):
+            return weight.weight.packed, weight.weight.block_scale
+        return (weight.weight,)
 
     def workspace_nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes, beside input and output, that a product with a packed weight of (N, K) takes for a moment, at most.

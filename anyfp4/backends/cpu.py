@@ -20,7 +20,7 @@ from anyfp4 import envs
 from anyfp4.backends import cpu_layers
 from anyfp4.backends.base import Backend, DecoderPlan, FusedDecoder, PreparedLinear
 from anyfp4.backends.cpu_layers import check_batch
-from anyfp4.backends.cpu_weights import CACHE_CODE, CODE, FP8, inverse_scale, prepare
+from anyfp4.backends.cpu_weights import CACHE_CODE, CODE, FP8, inverse_scale, matrices, prepare
 from anyfp4.device import processors
 from anyfp4.errors import BackendError, InvalidArgumentError
 from anyfp4.formats.weights import LinearWeight
@@ -85,6 +85,10 @@ class CpuBackend(Backend):
         data = prepare(self.native, weight)
         nbytes = data.handle.nbytes + sum(t.nbytes for t in data.tensors)
         return PreparedLinear(self.name, weight.shape, numerics, nbytes, data)
+
+    def matrices(self, prepared: PreparedLinear) -> tuple[Tensor, ...]:
+        """See :meth:`Backend.matrices`."""
+        return matrices(prepared.data, prepared.shape)
 
     def fuse(self, plan: DecoderPlan) -> FusedDecoder | None:
         """See :meth:`Backend.fuse`."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyfp4.errors import UnsupportedError
 from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.ops import linear as reference
 
@@ -83,6 +84,17 @@ def _fp8_block(native: Any, weight: FP8Weight) -> CpuLinear:
         codes.data_ptr(), *weight.shape, scale.data_ptr(), _address(bias), weight.weight_only
     )
     return CpuLinear(handle, (codes,))
+
+
+def matrices(data: CpuLinear, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+    """See :meth:`Backend.matrices`; ``shape`` (N, K)."""
+    if data.tensors:
+        return data.tensors
+    n, k = shape
+    packed, scale = torch.empty((n, k // 2), dtype=torch.uint8), torch.empty((n, k // 16), dtype=torch.uint8)
+    if not data.handle.unpack(packed.data_ptr(), scale.data_ptr()):
+        raise UnsupportedError("a scale of the weight is NaN; which, the prepared layout does not tell")
+    return packed, scale.view(torch.float8_e4m3fn)
 
 
 def inverse_scale(scale: float) -> float:

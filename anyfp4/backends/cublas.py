@@ -105,6 +105,20 @@ class CublasBackend(TritonBackend):
         held += [t for t in (data.pre_quant_scale, bias) if t is not None]
         return PreparedLinear(self.name, weight.shape, numerics, sum(t.nbytes for t in held), data)
 
+    def matrices(self, prepared: PreparedLinear) -> tuple[Tensor, ...]:
+        """See :meth:`Backend.matrices`."""
+        data = prepared.data
+        if not isinstance(data, CublasNVFP4):
+            return super().matrices(prepared)
+        n, k = prepared.shape
+        packed = torch.empty((n, k // 2), dtype=torch.uint8, device=data.alpha.device)
+        scale = torch.empty((n, k // 16), dtype=torch.uint8, device=data.alpha.device)
+        for group in data.groups:
+            count = len(group.rows)
+            packed[group.rows] = group.packed[:count, : k // 2]
+            scale[group.rows] = unswizzled(group.scale, group.packed.shape[0])[:count, : k // 16]
+        return packed, scale.view(torch.float8_e4m3fn)
+
     def linear(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype | None = None) -> Tensor:
         """See :func:`anyfp4.ops.linear.linear`."""
         data = prepared.data
@@ -159,6 +173,12 @@ def swizzled(scale: Tensor) -> Tensor:
     tiles = _padded(scale, 128, 4)
     rows, columns = tiles.shape
     return tiles.view(rows // 128, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4).flatten()
+
+
+def unswizzled(scale: Tensor, rows: int) -> Tensor:
+    """The inverse of :func:`swizzled`: uint8 [⌈R/128⌉ · 128, ⌈C/4⌉ · 4] for R = ``rows``."""
+    bands = -(-rows // 128)
+    return scale.view(bands, -1, 32, 4, 4).permute(0, 3, 2, 1, 4).reshape(bands * 128, -1)
 
 
 def _padded(t: Tensor, rows: int, columns: int) -> Tensor:

@@ -77,6 +77,15 @@ class HopperBackend(TritonBackend):
         data = prepare_nvfp4(weight)
         return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(data), data)
 
+    def matrices(self, prepared: PreparedLinear) -> tuple[Tensor, ...]:
+        """See :meth:`Backend.matrices`."""
+        data = prepared.data
+        if not isinstance(data, HopperNVFP4):
+            return super().matrices(prepared)
+        triton_weights.require_numbers(data.packed.alpha)
+        packed, scale = _kernel("layout").unpack(data.packed.records, data.packed.k, [r for r, _ in data.packed.runs])
+        return packed, scale.view(torch.float8_e4m3fn)
+
     def quantized_linear(
         self, values: Tensor, scale: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype
     ) -> Tensor:

@@ -73,6 +73,10 @@ class TritonBackend(Backend):
             data = triton_weights.prepare_dense(weight)
         return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(data), data)
 
+    def matrices(self, prepared: PreparedLinear) -> tuple[Tensor, ...]:
+        """See :meth:`Backend.matrices`."""
+        return triton_weights.matrices(prepared.data)
+
     def workspace_nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """See :meth:`Backend.workspace_nbytes`: a weight dequantized, splits of long sequences, sums over K."""
         n, k = shape

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyfp4.errors import UnsupportedError
 from anyfp4.formats import e4m3
 from anyfp4.formats.weights import DenseWeight, FP8Weight, NVFP4Weight
 from anyfp4.ops import linear as reference
@@ -115,6 +116,28 @@ def prepare_dense(weight: DenseWeight) -> TritonDense:
     w = weight.weight.contiguous()
     tiles = kernel("layout").cut_all([(n, 0)], w.device)
     return TritonDense(w, tiles, torch.ones(n, device=w.device), _float(weight.bias))
+
+
+def matrices(data: TritonNVFP4 | TritonFP8 | TritonFP8Blocks | TritonDense) -> tuple[Tensor, ...]:
+    """See :meth:`Backend.matrices`."""
+    if isinstance(data, TritonDense):
+        return (data.weight,)
+    layout, packed = kernel("layout"), data.packed
+    require_numbers(packed.alpha)
+    if not isinstance(data, TritonNVFP4):
+        return (layout.unpack_bytes(packed.words, packed.k).view(torch.float8_e4m3fn),)
+    scale = layout.unpack_scales(packed.scales, packed.k)
+    return layout.unpack_codes(packed.words, packed.k), scale.view(torch.float8_e4m3fn)
+
+
+def require_numbers(alpha: Tensor) -> None:
+    """Refuses a weight whose NaN scales have become rows of NaN.
+
+    Raises:
+        UnsupportedError: ``alpha`` [N] holds a NaN.
+    """
+    if bool(alpha.isnan().any()):
+        raise UnsupportedError("a scale of the weight is NaN; which, the prepared layout does not tell")
 
 
 def _packed(

@@ -78,6 +78,56 @@ def pack(packed: Tensor, scale: Tensor, runs: Sequence[int] = ()) -> Tensor:
     return out
 
 
+def unpack(records: Tensor, k: int, runs: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`pack`, but for codes of blocks whose scale is zero: (uint8 [N, K/2], uint8 [N, K/16])."""
+    n = sum(runs)
+    packed = torch.empty((n, k // 2), dtype=torch.uint8, device=records.device)
+    scale = torch.empty((n, k // 16), dtype=torch.uint8, device=records.device)
+    piece = max(1, _PIECE // (ROWS * k))
+    start = tile = 0
+    for rows in runs:
+        for first in range(0, rows, piece * ROWS):
+            count = min(piece * ROWS, rows - first)
+            some = records[tile : tile + -(-count // ROWS)]
+            part = slice(start + first, start + first + count)
+            packed[part] = _packed_of(some).flatten(0, 1)[:count, : k // 2]
+            scale[part] = _bits_of(some).flatten(0, 1)[:count, : k // 16]
+            tile += len(some)
+        start += rows
+    return packed, scale
+
+
+def _packed_of(records: Tensor) -> Tensor:
+    """uint8 [tiles, chunks, 2304] to [tiles, 64, 32·chunks]; the inverse of ``_codes``."""
+    tiles, chunks, _ = records.shape
+    word = _words(records[:, :, :CODE_BYTES]).view(tiles, chunks, 4, 8, 4, 4)  # warp, g, t, j
+    code = torch.zeros((*word.shape, 2, 2, 2), dtype=torch.int64, device=word.device)
+    for pair in range(4):
+        for half in range(2):
+            for bit in range(4):
+                place = (16 * half + PLACE[bit] - ROTATION[pair][bit]) % 32
+                code[..., pair >> 1, pair & 1, half] |= ((word >> place) & 1) << bit
+    # tile, chunk, warp, g, t, j, right, lower, half
+    code = code.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles, ROWS, chunks * 32, 2)
+    return (code[..., 0] | (code[..., 1] << 4)).to(torch.uint8)
+
+
+def _bits_of(records: Tensor) -> Tensor:
+    """uint8 [tiles, chunks, 2304] to [tiles, 64, 4·chunks]; the inverse of ``_scales``."""
+    tiles, chunks, _ = records.shape
+    word = _words(records[:, :, CODE_BYTES:]).view(tiles, chunks, 4, 8, 2)  # warp, g, lower
+    word = (word >> 4) | ((word & 0xF) << 28)
+    wide = (word[..., None] >> torch.tensor((0, 8, 16, 24), device=word.device)) & 0xFF
+    table = torch.zeros(256, dtype=torch.uint8, device=word.device)
+    table[scale_table(word.device)[:127]] = torch.arange(127, dtype=torch.uint8, device=word.device)
+    return table[wide].permute(0, 2, 4, 3, 1, 5).reshape(tiles, ROWS, chunks * 4)
+
+
+def _words(data: Tensor) -> Tensor:
+    """uint8 [..., 4·n] to int64 [..., n], the lowest byte first; the inverse of ``_bytes``."""
+    return data.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
 def _padded(x: Tensor, tiles: int, width: int) -> Tensor:
     """[rows, w] to [tiles, 64, width] with zeros."""
     padding = (0, width - x.shape[1], 0, tiles * ROWS - x.shape[0])

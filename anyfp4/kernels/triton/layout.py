@@ -63,6 +63,20 @@ def pack_codes(packed: Tensor, w: int) -> Tensor:
     return out
 
 
+def unpack_codes(words: Tensor, k: int) -> Tensor:
+    """The inverse of :func:`pack_codes`: uint8 [N, K/2]."""
+    groups, n, w = words.shape
+    out = torch.empty((n, groups, 4, w), dtype=torch.uint8, device=words.device)
+    step = max(1, PIECE // k)
+    for start in range(0, n, step):
+        rows = words[:, start : start + step].transpose(0, 1)
+        for quarter in range(4):
+            pair = (rows >> (_SIGN[quarter] - 3)) & 0x00080008
+            pair |= (rows >> _MAGNITUDE[quarter]) & 0x00070007
+            out[start : start + step, :, quarter] = ((pair & 0xF) | (pair >> 12)).to(torch.uint8)
+    return out.view(n, -1)[:, : k // 2].contiguous()
+
+
 def pack_scales(scale: Tensor, w: int) -> Tensor:
     """Block scales in words: uint8 [N, K/16] to int32 [⌈K/8w⌉, N, w/8], w 8 or 16.
 
@@ -78,6 +92,15 @@ def pack_scales(scale: Tensor, w: int) -> Tensor:
     return blocks.contiguous().view(torch.int32).view(n, groups, w // 8).transpose(0, 1).contiguous()
 
 
+def unpack_scales(words: Tensor, k: int) -> Tensor:
+    """The inverse of :func:`pack_scales`: uint8 [N, K/16]."""
+    _, n, w = words.shape
+    blocks = words.transpose(0, 1).contiguous().view(torch.uint8).view(n, -1, 4)
+    if w == 2:
+        blocks = blocks[:, :, [0, 2, 1, 3]]
+    return blocks.reshape(n, -1)[:, : k // 16].contiguous()
+
+
 def pack_bytes(weight: Tensor, w: int) -> Tensor:
     """FP8 in words: uint8 [N, K] to int32 [⌈K/4w⌉, N, w], padded with zeros."""
     n, k = weight.shape
@@ -89,6 +112,13 @@ def pack_bytes(weight: Tensor, w: int) -> Tensor:
         places = rows.view(-1, groups, 2, w, 2).flip(2).permute(0, 1, 3, 4, 2).contiguous()
         out[:, start : start + step] = places.view(-1, groups, w, 4).view(torch.int32).squeeze(-1).transpose(0, 1)
     return out
+
+
+def unpack_bytes(words: Tensor, k: int) -> Tensor:
+    """The inverse of :func:`pack_bytes`: uint8 [N, K]."""
+    groups, n, w = words.shape
+    places = words.transpose(0, 1).contiguous().view(torch.uint8).view(n, groups, w, 2, 2)
+    return places.permute(0, 1, 4, 2, 3).flip(2).reshape(n, -1)[:, :k].contiguous()
 
 
 @dataclass(frozen=True, eq=False)

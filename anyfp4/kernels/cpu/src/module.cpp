@@ -87,6 +87,10 @@ NB_MODULE(_native, m) {
                      self.run(at<void>(x), rows, x_dtype, at<void>(out), out_dtype);
                  });
              })
+        .def("unpack",
+             [](const NvFP4Linear& self, uintptr_t packed, uintptr_t scale) {
+                 return self.unpack(at<uint8_t>(packed), at<uint8_t>(scale));
+             })
         .def_prop_ro("weights", &NvFP4Linear::weights)
         .def_prop_ro("weight_bytes", &NvFP4Linear::weight_bytes)
         .def_prop_ro("nbytes", &NvFP4Linear::nbytes);

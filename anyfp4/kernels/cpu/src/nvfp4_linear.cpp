@@ -22,6 +22,10 @@ inline uint32_t spread(uint32_t v) {
     v = (v | v << 8) & 0x00FF00FF;
     return (v | v << 4) & 0x0F0F0F0F;
 }
+inline uint32_t gather(uint32_t v) {
+    v = (v | v >> 4) & 0x00FF00FF;
+    return (v | v >> 8) & 0xFFFF;
+}
 
 }  // namespace
 
@@ -122,6 +126,27 @@ void NvFP4Linear::prepare_tile(int64_t i, const Segment& s, const uint8_t* packe
         tile_info.e_min = std::min<int>(tile_info.e_min, info.e_min);
         tile_info.e_max = std::max<int>(tile_info.e_max, info.e_max);
     }
+}
+
+bool NvFP4Linear::unpack(uint8_t* packed, uint8_t* scale) const {
+    for (const Segment& s : segments_)
+        for (int64_t i = 0; i < s.rows; ++i) {
+            const int64_t tile = s.tile0 + i / TILE, r = i % TILE;
+            if (rows_[size_t(tile * TILE + r)].nan) return false;
+            const uint8_t* in = tile_data(tile);
+            for (int64_t g = 0; g < k_ / 8; ++g) {
+                uint32_t word;
+                memcpy(&word, in + g / 8 * CHUNK_BYTES + g % 8 * 64 + 4 * r, 4);
+                word = gather(word & 0x0F0F0F0F) | gather(word >> 4 & 0x0F0F0F0F) << 16;
+                memcpy(packed + (s.row0 + i) * (k_ / 2) + 4 * g, &word, 4);
+            }
+            for (int64_t b = 0; b < k_ / BLOCK; ++b) {
+                const uint8_t stored = in[b / 4 * CHUNK_BYTES + CHUNK_CODES + b % 4 * TILE + r];
+                scale[(s.row0 + i) * (k_ / BLOCK) + b] =
+                    tiles_[size_t(tile)].plain ? plain_to_e4m3(stored) : normal_to_e4m3(stored);
+            }
+        }
+    return true;
 }
 
 // Truncation of single terms shows only if the largest exponent E, of a term or of an accumulator, exceeds

@@ -42,6 +42,9 @@ public:
 
     void run(const void* x, int64_t m, int x_dtype, void* out, int out_dtype) const override;
 
+    // The codes [n, k/2] and scales [n, k/16] that came in, signs of scales left out; false if one of them was NaN.
+    bool unpack(uint8_t* packed, uint8_t* scale) const;
+
     int64_t n() const override { return n_; }
     int64_t k() const override { return k_; }
     int64_t nbytes() const;

@@ -21,6 +21,13 @@ static inline uint8_t normal_scale(uint8_t e4m3) {
 static inline uint8_t plain_scale(uint8_t magnitude) { return uint8_t(magnitude << 1); }
 static inline uint8_t plain_to_normal(uint8_t plain) { return plain ? uint8_t((plain >> 1) + (3 << 3)) : 0; }
 
+static inline uint8_t plain_to_e4m3(uint8_t plain) { return uint8_t(plain >> 1); }
+static inline uint8_t normal_to_e4m3(uint8_t normal) {
+    const int field = (normal >> 3) - 3;
+    if (normal == 0 || field > 0) return normal ? uint8_t(field << 3 | (normal & 7)) : uint8_t(0);
+    return uint8_t((8 | (normal & 7)) >> (1 - field));
+}
+
 // Significand (0..15) and exponent as in formats/e4m3.py: value = significand x 2^(exponent - 3), subnormal numbers
 // keeping the exponent -6.
 static inline void split_scale(uint8_t normal, int* significand, int* exponent) {
