@@ -183,7 +183,8 @@ def test_an_engine_that_dies_in_a_stream(tiny_model: Path) -> None:
     with serving(tiny_model, prepare=prepare) as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIError, match="died"):
-            list(client.completions.create(**BODY, stream=True))
+            options = {"model": MODEL, "prompt": "x", "max_tokens": 50, "extra_body": {"ignore_eos": True}}
+            list(client.completions.create(**options, stream=True))
 
 
 def test_one_request_that_fails_leaves_the_others(tiny_model: Path) -> None:
