@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from anyfp4.checkpoint.checks import check_tensors, names_of
-from anyfp4.checkpoint.config import HF_QUANT_CONFIG_FILE
-from anyfp4.checkpoint.files import read_header
+from anyfp4.checkpoint.config import HF_QUANT_CONFIG_FILE, read_json
+from anyfp4.checkpoint.files import INDEX_FILE, read_header, scan
 from anyfp4.checkpoint.layout import QUANTIZATION_SUFFIXES, TensorInfo
 from anyfp4.checkpoint.scheme import QuantizationConfig, Scheme
 from anyfp4.errors import CheckpointFileError, TensorError, UnsupportedError
@@ -115,11 +115,27 @@ class _Renaming:
         return key.removesuffix(".weight"), pattern is not None
 
 
+def require_unquantized(files: Sequence[Path]) -> None:
+    """Refuses safetensors files that hold a quantized model.
+
+    Raises:
+        CheckpointConfigError: they do, although no configuration says so.
+    """
+    if all(file.suffix == ".safetensors" for file in files):
+        check_tensors(QuantizationConfig(layout="none"), _headers(files))
+
+
 def _headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
-    infos: dict[str, TensorInfo] = {}
+    """The headers of all tensors; index and files must agree where an index names the files."""
     for file in files:
         if file.suffix != ".safetensors":
             raise CheckpointFileError("is no safetensors file: a quantized checkpoint is one", file=file)
+    index = files[0].with_name(INDEX_FILE)
+    content = read_json(index) if index.exists() else {}
+    if files[0].name in dict(content.get("weight_map") or {}).values():
+        return scan(files[0].parent, content)
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
         for name, info in read_header(file).items():
             if name in infos:
                 raise TensorError(f"stands in {infos[name].file.name} too", file=file, tensor=name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anyfp4.checkpoint import compressed_tensors
 from anyfp4.checkpoint.checks import is_embedding, is_router
 from anyfp4.checkpoint.layout import Suffixes
+from anyfp4.checkpoint.scheme import DENSE
 from anyfp4.errors import InvalidArgumentError, TensorError, UnsupportedError
 from anyfp4.formats import nvfp4
 from anyfp4.formats.nvfp4 import BLOCK_SIZE
@@ -86,6 +87,18 @@ class QuantizeOnLoad:
             tensor = self._waiting.pop(member)
             scale = weight_global_scale(amax).to(tensor.device)
             self.layers[member].receive(NVFP4Weight(quantize_weight(tensor, scale)))
+
+    def check(self) -> None:
+        """Raises what went wrong, if anything did.
+
+        Raises:
+            TensorError: a weight was bad, or never came.
+        """
+        if self.error is not None:
+            raise self.error
+        for name, layer in self.layers.items():
+            if layer.scheme == DENSE:
+                raise TensorError("is missing", tensor=f"{name}.weight")
 
     def operation(self) -> ConversionOps:
         """What transformers calls with each weight that :meth:`needs` names."""

@@ -17,7 +17,7 @@ from anyfp4.formats.nvfp4 import BLOCK_SIZE
 from anyfp4.integrations.transformers_config import AnyFP4Config
 from anyfp4.integrations.transformers_internals import ConversionOps, HfQuantizer
 from anyfp4.integrations.transformers_linear import QuantizedLinear
-from anyfp4.integrations.transformers_load import declare_layers, quant_config_folder
+from anyfp4.integrations.transformers_load import declare_layers, quant_config_folder, require_unquantized
 from anyfp4.integrations.transformers_quantize import QuantizeOnLoad
 from anyfp4.integrations.transformers_save import NAMES, layout_of, quantization_table, state_dict
 
@@ -104,6 +104,8 @@ class AnyFP4HfQuantizer(HfQuantizer):
                     "not have; load it weight-only, then call calibrate(model, batches) of "
                     "anyfp4.integrations.transformers"
                 )
+            if files:
+                require_unquantized(files)
             names = NAMES[config.layout or "compressed-tensors"]
             self.on_load = QuantizeOnLoad(model, names, config.ignore, numerics=numerics, backend=backend)
             return
@@ -146,8 +148,8 @@ class AnyFP4HfQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.on_load is not None and self.on_load.error is not None:
-            raise self.on_load.error
+        if self.on_load is not None:
+            self.on_load.check()
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.finish(weight_only=bool(self.quantization_config.weight_only))

@@ -89,7 +89,9 @@ def reference_model(dense: Path, stored: Mapping[str, Tensor]) -> nn.Module:
         packed = stored.get(f"{name}.weight_packed")
         if packed is not None:
             seen.add(name)
-            parts = {s: stored.get(f"{name}.{s}") for s in ("weight_scale", "weight_global_scale", "input_global_scale")}
+            parts = {
+                s: stored.get(f"{name}.{s}") for s in ("weight_scale", "weight_global_scale", "input_global_scale")
+            }
             module.forward = MethodType(_forward(packed, module.bias, **parts), module)
     assert seen == {n.removesuffix(".weight_packed") for n in stored if n.endswith(".weight_packed")}
     return model
