@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from anyfp4.checkpoint import compressed_tensors, emit, modelopt
+from anyfp4.checkpoint.checks import is_embedding
 from anyfp4.checkpoint.layout import Suffixes
 from anyfp4.checkpoint.scheme import DENSE, Scheme
 from anyfp4.integrations.transformers_internals import revert_weight_conversion
@@ -48,21 +49,29 @@ def quantization_table(model: Any, layout: str) -> dict[str, Any]:
         UnsupportedError: the layout has no name for a scheme.
     """
     schemes: dict[str, Scheme] = {}
+    quantized: dict[str, Scheme] = {}
+    dense: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            scheme = module.scheme
-        elif isinstance(module, nn.Linear) or (layout == "modelopt" and isinstance(module, nn.Embedding)):
-            scheme = DENSE
-        else:
+            quantized[name] = module.scheme
             continue
-        schemes[_saved_name(model, name)] = scheme
+        dense |= {f"{name}.{suffix}".removeprefix("."): t for suffix, t in module.named_parameters(recurse=False)}
+        if isinstance(module, nn.Linear):
+            schemes[name] = DENSE  # by the model's name too, for readers that go by it
+    for name, shape in _saved(model, dense).items():
+        module_name, _, suffix = name.rpartition(".")
+        if suffix == "weight" and len(shape) == 2 and (layout == "modelopt" or not is_embedding(module_name)):
+            schemes[module_name] = DENSE
+    for name, scheme in quantized.items():
+        (key,) = _saved(model, {f"{name}.weight": torch.empty(0)})
+        schemes[key.removesuffix(".weight")] = scheme
     write = compressed_tensors.quantization_config if layout == "compressed-tensors" else modelopt.quantization_config
     return write(schemes)
 
 
-def _saved_name(model: Any, module: str) -> str:
-    """A module's name in the files: loading may have renamed it, and saving undoes that."""
+def _saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """The names and shapes that tensors have in the files: loading may have renamed or joined them, saving undoes it."""
     if not getattr(model, "_weight_conversions", None):
-        return module
-    (key,) = revert_weight_conversion(model, {f"{module}.weight": torch.empty(0)})
-    return str(key).removesuffix(".weight")
+        return {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    return {str(name): tensor.shape for name, tensor in revert_weight_conversion(model, shapes).items()}
