@@ -70,7 +70,7 @@ def quantization_table(model: Any, layout: str) -> dict[str, Any]:
 
 
 def _saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """The names and shapes that tensors have in the files: loading may have renamed or joined them, saving undoes it."""
+    """The names and shapes that tensors have in the files: saving undoes the renaming and joining of loading."""
     if not getattr(model, "_weight_conversions", None):
         return {name: tensor.shape for name, tensor in tensors.items()}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
