@@ -28,8 +28,8 @@ sanitize: $(DEV)  ## kernel tests under ASan and UBSan
 # torch first and alone: with it installed, nothing else pulls another build of it
 define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(1)]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[$(1)]'
 	touch $@
 endef
 
@@ -41,9 +41,9 @@ $(STAMP): pyproject.toml constraints.txt
 # package: pip could not tell these apart.
 $(DEV): pyproject.toml constraints.txt
 	$(call install,dev)
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile \
 		--constraint constraints.txt 'triton; platform_system == "Linux"'
-	$(BIN)/python -c 'import nvidia.cu13' 2>/dev/null || $(BIN)/python -m pip install --quiet \
+	$(BIN)/python -c 'import nvidia.cu13' 2>/dev/null || $(BIN)/python -m pip install --quiet --no-compile \
 		--constraint constraints.txt 'nvidia-cuda-nvrtc>=13; platform_system == "Linux" and platform_machine == "x86_64"'
 	touch $(STAMP)
 

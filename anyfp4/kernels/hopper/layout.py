@@ -30,6 +30,7 @@ The codes of a block whose scale is zero are zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,8 +45,8 @@ UNIT = 128.0
 ROTATION = ((0, 0, 0, 0), (4, 4, 4, 4), (10, 10, 10, 10), (6, 14, 14, 14))
 #: where bfloat16 has those bits
 PLACE = (6, 7, 8, 15)
-#: codes repacked at a time; each takes some 30 bytes on the way
-_PIECE = 1 << 19
+#: codes repacked at a time; each takes some 8 bytes on the way, and a piece some 40 launches
+_PIECE = 1 << 21
 
 
 def pack(packed: Tensor, scale: Tensor, runs: Sequence[int] = ()) -> Tensor:
@@ -101,15 +102,13 @@ def _packed_of(records: Tensor) -> Tensor:
     """uint8 [tiles, chunks, 2304] to [tiles, 64, 32·chunks]; the inverse of ``_codes``."""
     tiles, chunks, _ = records.shape
     word = _words(records[:, :, :CODE_BYTES]).view(tiles, chunks, 4, 8, 4, 4)  # warp, g, t, j
-    code = torch.zeros((*word.shape, 2, 2, 2), dtype=torch.int64, device=word.device)
+    byte = torch.zeros((*word.shape, 2, 2), dtype=torch.uint8, device=word.device)
     for pair in range(4):
-        for half in range(2):
-            for bit in range(4):
-                place = (16 * half + PLACE[bit] - ROTATION[pair][bit]) % 32
-                code[..., pair >> 1, pair & 1, half] |= ((word >> place) & 1) << bit
-    # tile, chunk, warp, g, t, j, right, lower, half
-    code = code.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles, ROWS, chunks * 32, 2)
-    return (code[..., 0] | (code[..., 1] << 4)).to(torch.uint8)
+        for bit in range(8):
+            place = (16 * (bit >> 2) + PLACE[bit & 3] - ROTATION[pair][bit & 3]) % 32
+            byte[..., pair >> 1, pair & 1] |= (((word >> place) & 1) << bit).to(torch.uint8)
+    # tile, chunk, warp, g, t, j, right, lower
+    return byte.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(tiles, ROWS, chunks * 32)
 
 
 def _bits_of(records: Tensor) -> Tensor:
@@ -137,16 +136,15 @@ def _padded(x: Tensor, tiles: int, width: int) -> Tensor:
 def _codes(packed: Tensor) -> Tensor:
     """uint8 [tiles, 64, K/2] to [tiles, chunks, 2048]."""
     tiles, _, width = packed.shape
-    codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).to(torch.int64)
-    # row = (warp, upper or lower eight, g), column = (chunk, j, left or right eight, t, half)
-    codes = codes.view(tiles, 4, 2, 8, width // 32, 4, 2, 4, 2)
-    codes = codes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8)  # tile, chunk, warp, g, t, j, right, lower, half
-    word = torch.zeros(codes.shape[:6], dtype=torch.int64, device=packed.device)
-    table = _code_table(packed.device)
-    for pair in range(4):
-        for half in range(2):
-            word |= table[pair, half][codes[..., pair >> 1, pair & 1, half]]
-    return _bytes(word).view(tiles, width // 32, CODE_BYTES)
+    # row = (warp, upper or lower eight, g), byte, which is a pair = (chunk, j, left or right four, t)
+    pairs = packed.view(tiles, 4, 2, 8, width // 32, 4, 2, 4)
+    pairs = pairs.permute(0, 4, 1, 3, 7, 5, 6, 2)  # tile, chunk, warp, g, t, j, right, lower
+    pairs = pairs.to(torch.int32, memory_format=torch.contiguous_format)
+    tables = _pair_tables(packed.device)
+    word = tables[0][pairs[..., 0, 0]]
+    for pair in range(1, 4):
+        word |= tables[pair][pairs[..., pair >> 1, pair & 1]]
+    return word.view(torch.uint8).view(tiles, width // 32, CODE_BYTES)
 
 
 def _scales(bits: Tensor) -> Tensor:
@@ -154,29 +152,29 @@ def _scales(bits: Tensor) -> Tensor:
     tiles, _, width = bits.shape
     wide = scale_table(bits.device)[bits.to(torch.int64)].view(tiles, 4, 2, 8, width // 4, 4)
     wide = wide.permute(0, 4, 1, 3, 2, 5)  # tile, chunk, warp, g, lower, block
-    shifts = torch.tensor((0, 8, 16, 24), device=bits.device)
-    word = (wide << shifts).sum(dim=-1)
-    return _bytes(((word << 4) | (word >> 28)) & 0xFFFFFFFF).view(tiles, width // 4, SCALE_BYTES)
+    word = wide[..., 0] | (wide[..., 1] << 8) | (wide[..., 2] << 16) | (wide[..., 3] << 24)
+    word = _as_int32(((word << 4) | (word >> 28)) & 0xFFFFFFFF)
+    return word.view(torch.uint8).view(tiles, width // 4, SCALE_BYTES)
 
 
-def _code_table(device: torch.device) -> Tensor:
-    """int64 [4, 2, 16]: the bits of a word for each code as each half of each pair."""
-    table = torch.zeros((4, 2, 16), dtype=torch.int64)
+@cache
+def _pair_tables(device: torch.device) -> Tensor:
+    """int32 [4, 256]: the bits of a word for each byte of two codes as each pair."""
+    table = torch.zeros((4, 256), dtype=torch.int64)
     for pair in range(4):
-        for half in range(2):
-            for bit in range(4):
-                place = (16 * half + PLACE[bit] - ROTATION[pair][bit]) % 32
-                table[pair, half] |= ((torch.arange(16) >> bit) & 1) << place
-    return table.to(device)
+        for bit in range(8):  # of the byte: half, then bit of the code
+            place = (16 * (bit >> 2) + PLACE[bit & 3] - ROTATION[pair][bit & 3]) % 32
+            table[pair] |= ((torch.arange(256) >> bit) & 1) << place
+    return _as_int32(table).to(device)
 
 
+@cache
 def scale_table(device: torch.device) -> Tensor:
     """int64 [128]: the eight bits for each magnitude of E4M3; zero for zero and NaN."""
     table = [0] + [104, 112, 116, 120, 122, 124, 126] + [bits + 120 for bits in range(8, 127)] + [0]
     return torch.tensor(table, dtype=torch.int64, device=device)
 
 
-def _bytes(word: Tensor) -> Tensor:
-    """int64 words below 2³² to their bytes, the lowest first: uint8 [..., 4]."""
-    signed = torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
-    return signed.contiguous().view(torch.uint8)
+def _as_int32(word: Tensor) -> Tensor:
+    """The bits of int64 words below 2³²."""
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32).contiguous()
