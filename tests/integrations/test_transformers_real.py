@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from anyfp4.testing.bitwise import assert_same_bits
 from anyfp4.testing.models import all_logits
 from anyfp4.tools.perplexity import perplexity
 from tests.checkpoints import FULL, REFUSED_VARIANT, VARIANTS, checkpoints_root, real_checkpoint
-from tests.integrations.test_transformers import layers_of, load
+from tests.integrations.test_transformers import dequantized, layers_of, load
 
 pytestmark = pytest.mark.checkpoint
 WINDOWS, WINDOW = 2, 1024
@@ -98,6 +99,26 @@ def losses(model: torch.nn.Module, window: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(window[None]).logits[0].float()
     return torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run_as_they_stand(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = real_checkpoint("ct_nvfp4", tmp_path_factory)
+    (tmp_path / "SmolLM2-135M-Instruct-NVFP4").symlink_to(folder)
+    model = load(folder)
+    dense = dequantized(model).to(torch.bfloat16)
+    dense.save_pretrained(tmp_path / "SmolLM2-135M-Instruct")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "integrations.md").read_text()
+    section = page[page.index("\n## transformers\n") :].split("\n## ")[1]
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})
+    with Checkpoint(tmp_path / "quantized") as checkpoint:
+        assert checkpoint.quantization.layout == "modelopt"
+        assert {checkpoint.scheme_of(m).label for m in checkpoint.linear_modules()} == {"NVFP4 W4A4"}
 
 
 @pytest.mark.slow
