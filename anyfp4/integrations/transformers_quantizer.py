@@ -33,6 +33,7 @@ class AnyFP4HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: AnyFP4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.on_load: QuantizeOnLoad | None = None
+        self._dtypes: dict[str, torch.dtype] = {}  # of the model's parameters before any was loaded
 
     @property
     def is_trainable(self) -> bool:
@@ -94,6 +95,7 @@ class AnyFP4HfQuantizer(HfQuantizer):
         config = self.quantization_config
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedError("tensor parallelism is not supported: packed weights are not sharded")
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         numerics, backend = config.resolved()
         files = [Path(file) for file in checkpoint_files or ()]
         quantization = self._quantization(model, files)
@@ -155,10 +157,19 @@ class AnyFP4HfQuantizer(HfQuantizer):
                 module.finish(weight_only=bool(self.quantization_config.weight_only))
         self.on_load = None
         self.pre_quantized = True
+        self._restore_dtypes(model)
         model.requires_grad_(False)
         model.get_memory_footprint = types.MethodType(_memory_footprint, model)
         self.quantization_config.table = quantization_table(model, self._layout(model))
         return model
+
+    def _restore_dtypes(self, model: Any) -> None:
+        """Gives dense parameters the dtype of the model; up to 5.19, renamed ones keep that of their file."""
+        wide = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            dtype = self._dtypes.get(name, parameter.dtype)
+            if parameter.dtype != dtype and not any(part in name for part in wide):
+                parameter.data = parameter.data.to(dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """What is saved, and config.json's ``quantization_config`` with it."""
