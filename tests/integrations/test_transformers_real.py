@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anyfp4 import LLM, EngineConfig
 from anyfp4.checkpoint.reader import Checkpoint
@@ -20,12 +20,12 @@ from anyfp4.integrations.transformers import AnyFP4Config
 from anyfp4.models.loader import load_decoder
 from anyfp4.testing.bitwise import assert_same_bits
 from anyfp4.testing.models import all_logits
-from anyfp4.tools.perplexity import perplexity
+from anyfp4.tools.evaluate import evaluate
 from tests.checkpoints import FULL, REFUSED_VARIANT, VARIANTS, checkpoints_root, real_checkpoint
 from tests.integrations.test_transformers import dequantized, layers_of, load
 
 pytestmark = pytest.mark.checkpoint
-WINDOWS, WINDOW = 2, 1024
+WINDOWS, WINDOW = 4, 256
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -79,26 +79,37 @@ def test_perplexity_is_that_of_the_engine(
     name: str, weight_only: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = real_checkpoint(name, tmp_path_factory)
-    model = load(folder, quantization_config=AnyFP4Config(weight_only=weight_only or None))
+    model = load(folder, dtype=torch.float32, quantization_config=AnyFP4Config(weight_only=weight_only or None))
     if weight_only:
         model.save_pretrained(tmp_path)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (tmp_path / file).symlink_to((folder / file).resolve())
         folder = tmp_path
-    llm = LLM(folder, config=EngineConfig(max_model_len=WINDOW + 1, max_num_seqs=1))
+    llm = LLM(folder, dtype="float32", config=EngineConfig(max_model_len=WINDOW + 1, max_num_seqs=1))
     text = llm.tokenizer.encode((checkpoints_root() / "eval.txt").read_text())[: WINDOWS * WINDOW]
-    engine = perplexity(llm, text, window=WINDOW).perplexity
+    engine = torch.tensor(evaluate(llm.engine.model, text, context=WINDOW).losses, dtype=torch.float64)
     del llm
-    ours = math.exp(torch.cat([losses(model, torch.tensor(part)) for part in torch.tensor(text).split(WINDOW)]).mean())
-    print(f"{name} {'weight-only' if weight_only else 'W4A4'}: {ours:.3f} in transformers, {engine:.3f} in the engine")
-    # both in bfloat16, whose roundings between the layers fall differently; a wrong scale moves this by more
-    assert abs(ours / engine - 1) < 0.005
+    ours = torch.cat([losses(model, part) for part in torch.tensor(text).split(WINDOW)]).double()
+    differ = ours - engine
+    noise = differ.std() / math.sqrt(len(differ))
+    print(
+        f"{name} {'weight-only' if weight_only else 'W4A4'}: perplexity {ours.mean().exp():.3f} in transformers, "
+        f"{engine.mean().exp():.3f} in the engine; a token's loss differs by {differ.std():.2g}, median "
+        f"{differ.abs().median():.2g}, the mean by {differ.mean():.2g} (standard error {noise:.2g})"
+    )
+    if weight_only:
+        assert differ.abs().max() < 0.01
+    else:
+        # float32 roundings of norms, rope and attention move few activations over the border of two codes, but what
+        # follows from one is a step of a code, and W4A4 costs this model 20% of perplexity: losses get noise, which has
+        # no direction. A wrong scale has one.
+        assert abs(differ.mean()) < 5 * noise
 
 
-def losses(model: torch.nn.Module, window: Tensor) -> Tensor:
+def losses(model: nn.Module, window: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(window[None]).logits[0].float()
-    return torch.nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
+    return nn.functional.cross_entropy(logits[:-1], window[1:], reduction="none")
 
 
 @pytest.mark.slow
