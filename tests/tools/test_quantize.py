@@ -13,7 +13,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerFast
 
 from anyfp4.checkpoint.gguf import gguf_to_folder
 from anyfp4.checkpoint.reader import Checkpoint
@@ -149,7 +149,10 @@ def test_compressed_tensors_reads_the_same_weights(source: Path, tmp_path: Path,
     quantize_checkpoint(source, tmp_path / "out", weight_only=weight_only, max_shard_bytes=50_000)
     theirs = decompressed(tmp_path / "out")
     assert sorted(theirs) == sorted(MODULES)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    # named, or it would be anyfp4's own where another test of the process has imported anyfp4.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig()
+    )
     model(torch.tensor([[1, 2, 3]]))  # decompresses at the first call
     with Checkpoint(tmp_path / "out") as checkpoint:
         for module, weight in theirs.items():
@@ -191,7 +194,7 @@ def test_rows_are_quantized_independently(monkeypatch: pytest.MonkeyPatch, rows:
     scale = weight_global_scale(float(weight.abs().max()))
     whole = nvfp4.quantize(weight, scale)
     monkeypatch.setattr(quantize_module, "CHUNK_ELEMENTS", rows * 48)
-    parts = quantize_module._quantize(weight, scale)
+    parts = quantize_module.quantize_weight(weight, scale)
     assert_same_bits(parts.packed, whole.packed)
     assert_same_bits(parts.block_scale, whole.block_scale)
 
@@ -229,7 +232,8 @@ def test_columns_that_are_no_multiple_of_sixteen(tmp_path: Path) -> None:
     assert summary.dense == downs
     assert [w for w in summary.warnings if "down_proj stays dense: its 72 inputs" in w] == list(summary.warnings)
     assert len(summary.warnings) == 2
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor([[1, 2]]))
+    named = CompressedTensorsConfig()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=named)(torch.tensor([[1, 2]]))
     with Checkpoint(tmp_path / "out") as checkpoint:
         assert checkpoint.linear_modules() == sorted(set(MODULES) - set(downs))
         assert_same_bits(checkpoint.tensor(f"{downs[0]}.weight"), tensors_in(folder)[f"{downs[0]}.weight"])
