@@ -45,6 +45,8 @@ LAZY = {
     "vllm",
     "jinja2",
 }
+#: libraries that modules of `integrations/` with that name extend: these import them at once, and their insides too
+EXTENDED = ("transformers", "vllm")
 
 
 def modules() -> list[Path]:
@@ -107,7 +109,15 @@ def test_heavy_packages_are_imported_lazily(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports(path, top_level_only=True)}
     if name_of(path).startswith("anyfp4.kernels.triton."):
         roots.discard("triton")  # these modules are themselves imported inside functions only
+    roots -= {library for library in EXTENDED if name_of(path).startswith(f"anyfp4.integrations.{library}")}
     assert not roots & LAZY
+
+
+def test_only_integrations_reach_into_other_libraries() -> None:
+    for path in modules():
+        if layer(f"{name_of(path)}.") != "integrations":
+            inner = {m for m in imports(path) if m.startswith(tuple(f"{library}." for library in EXTENDED))}
+            assert not inner, f"{path} imports {inner}"
 
 
 def test_triton_kernels_are_imported_lazily() -> None:

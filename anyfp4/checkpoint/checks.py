@@ -57,6 +57,11 @@ def is_embedding(module: str) -> bool:
     return _EMBEDDING.fullmatch(module) is not None
 
 
+def is_router(module: str) -> bool:
+    """Whether the name is that of the router of a mixture of experts, which no producer quantizes."""
+    return _ROUTER.fullmatch(module) is not None
+
+
 def check_module(quantization: QuantizationConfig, module: str, tensors: Mapping[str, TensorInfo]) -> None:
     """Checks one module's tensors (by suffix, KV scales left out) against the configuration.
 
@@ -71,7 +76,7 @@ def check_module(quantization: QuantizationConfig, module: str, tensors: Mapping
         marks = ["weight"]
     if scheme.kind != "dense":
         is_matrix = weight is not None and len(weight.shape) == 2
-        if marks or (is_matrix and not (is_embedding(module) or _ROUTER.fullmatch(module))):
+        if marks or (is_matrix and not (is_embedding(module) or is_router(module))):
             layout.check_module(names_of(quantization), scheme, module, tensors)
     elif marks:
         info = tensors[marks[0]]

@@ -225,7 +225,7 @@ def _plan(checkpoint: Checkpoint, ignore: Sequence[str]) -> _Plan:
     linears = [name.removesuffix(".weight") for name in weights]
     if not linears:
         raise TensorError("there is no linear layer under model.layers", file=checkpoint.folder)
-    ignored = _matches(ignore, linears)
+    ignored = matches(ignore, linears)
     warnings = []
     quantized = []
     for module in linears:
@@ -240,7 +240,7 @@ def _plan(checkpoint: Checkpoint, ignore: Sequence[str]) -> _Plan:
         raise InvalidArgumentError("nothing is left to quantize: every linear layer is ignored or has a wrong size")
     groups = {}
     for module in quantized:
-        every = _fused_with(module)
+        every = fused_with(module)
         groups[module] = tuple(m for m in every if m in quantized)
         if groups[module] != every and groups[module][0] == module:
             others = ", ".join(m.rpartition(".")[2] for m in every if m not in quantized)
@@ -249,8 +249,16 @@ def _plan(checkpoint: Checkpoint, ignore: Sequence[str]) -> _Plan:
     return _Plan(tuple(quantized), dense, groups, tuple(warnings))
 
 
-def _matches(patterns: Sequence[str], linears: Sequence[str]) -> set[str]:
-    """The modules that some pattern names; every pattern must name one."""
+def matches(patterns: Sequence[str], linears: Sequence[str]) -> set[str]:
+    """The modules that some pattern names; every pattern must name one.
+
+    Args:
+        patterns: full names, globs, or ``re:`` and a regular expression that matches from the start of the name.
+        linears: the names there are, at least one; ``lm_head`` may be named besides.
+
+    Raises:
+        InvalidArgumentError: a pattern names none, or is no regular expression.
+    """
     candidates = (*linears, "lm_head")  # which stays dense in any case, and may be named
     found: set[str] = set()
     for pattern in patterns:
@@ -295,7 +303,7 @@ def _write_tensors(
         module = name.removesuffix(".weight")
         if module != name and module in scales:
             weight = NVFP4Weight(
-                _quantize(checkpoint.tensor(name), scales[module]),
+                quantize_weight(checkpoint.tensor(name), scales[module]),
                 None if calibration is None else _input_scale(calibration.input_amax[module], layout),
             )
             writes = compressed_tensors.tensors if layout == "compressed-tensors" else modelopt.tensors
@@ -329,8 +337,13 @@ def _amax(checkpoint: Checkpoint, module: str) -> float:
     return amax
 
 
-def _quantize(weight: Tensor, global_scale: Tensor) -> NVFP4Tensor:
-    """``nvfp4.quantize``, some rows at a time: blocks do not see each other, and temporaries stay small."""
+def quantize_weight(weight: Tensor, global_scale: Tensor) -> NVFP4Tensor:
+    """``nvfp4.quantize``, some rows at a time: blocks do not see each other, and temporaries stay small.
+
+    Args:
+        weight: [N, K], finite.
+        global_scale: float32 [], a multiplier.
+    """
     rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
     parts = [nvfp4.quantize_blocks(chunk, global_scale) for chunk in weight.split(rows)]
     packed, block_scale = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -342,7 +355,7 @@ def _input_scale(amax: float, layout: Layout) -> Tensor:
     return compressed_tensors.storable_global_scale(scale) if layout == "compressed-tensors" else scale
 
 
-def _fused_with(module: str) -> tuple[str, ...]:
+def fused_with(module: str) -> tuple[str, ...]:
     """The projections that run as one GEMM with ``module``, itself included."""
     parent, _, name = module.rpartition(".")
     for group in _FUSED:
