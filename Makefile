@@ -20,7 +20,7 @@ types: $(DEV)
 	$(BIN)/mypy
 
 unit: $(DEV)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 sanitize: $(DEV)  ## kernel tests under ASan and UBSan
 	PYTHON=$(BIN)/python sh tests/kernels/sanitize.sh

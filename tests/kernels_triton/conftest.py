@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilers(request: pytest.FixtureRequest) -> None:
-    """Kernels compile in other processes while the first tests of this folder run."""
-    if any(map(_compiles, request.session.items)):
+    """Kernels compile in other processes while the first tests run; where tests run side by side, when asked for."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and any(map(_compiles, request.session.items)):
         child.start_all()
