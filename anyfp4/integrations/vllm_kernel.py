@@ -83,7 +83,9 @@ def note(layer: Module, names: Names, weight_only: bool) -> None:
         scale = torch.ones_like(scale) / scale if names.divisor else scale.clone()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             missing = "was not in the checkpoint" if stored.isnan().any() else "is not positive and finite"
-            raise TensorError(f"a shard's global scale {missing}: {stored.tolist()}", tensor=f"{_name(layer)}.{attribute}")
+            raise TensorError(
+                f"a shard's global scale {missing}: {stored.tolist()}", tensor=f"{_name(layer)}.{attribute}"
+            )
         found.append(scale)
         stored.data.fill_(stored.data.max())
     setattr(layer, _NOTE, Scales(found[0], None if weight_only else found[1]))
@@ -93,8 +95,8 @@ def check_taken(layer: Module) -> None:
     """Raises UnsupportedError if a module was noted but vLLM went past its kernel."""
     if layer.__dict__.pop(_NOTE, None) is not None:
         raise UnsupportedError(
-            f"{_name(layer)}: vLLM was given weights that another process has prepared; anyfp4 prepares its own, so load "
-            "the checkpoint itself, or set ANYFP4_VLLM=off"
+            f"{_name(layer)}: vLLM was given weights that another process has prepared; anyfp4 prepares its own, so "
+            "load the checkpoint itself, or set ANYFP4_VLLM=off"
         )
 
 

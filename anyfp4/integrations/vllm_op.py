@@ -1,9 +1,9 @@
 """The op that vLLM compiles and captures: a prepared linear layer, found by a tensor of its module.
 
-vLLM keeps compiled code between runs, shares it between layers that look alike, and may hold two models in one process.
-A layer's name in that code (``linear_op``) would make every layer's graph another one, and could find the layer of the
-other model. So the op takes a tensor of one byte, the handle, that stands where the module's weight was: to the compiler
-an input like any weight, at run time the address under which the layer is found.
+vLLM keeps compiled code between runs, shares it between layers that look alike, and may hold two models in one
+process. A layer's name in that code (``linear_op``) would make every layer's graph another one, and could find the
+layer of the other model. So the op takes a tensor of one byte, the handle, that stands where the module's weight was:
+to the compiler an input like any weight, at run time the address under which the layer is found.
 """
 
 from __future__ import annotations

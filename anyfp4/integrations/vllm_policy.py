@@ -37,9 +37,9 @@ def why_not_here(environment: Environment) -> str | None:
     if environment.vllm == "auto" and capability is not None and capability.to_int() >= BLACKWELL:
         return "this GPU has FP4 units, which vLLM's own kernels use (ANYFP4_VLLM=always takes over)"
     backend = registry.select(device(), numerics=environment.numerics, requested=environment.backend)
-    if environment.vllm == "auto" and backend is registry.REFERENCE and not platform.is_cpu():
-        if environment.backend == "auto":
-            return "anyfp4 has only readable torch code for this GPU, which is slow (ANYFP4_VLLM=always runs it)"
+    asked_for = environment.vllm == "always" or environment.backend != "auto" or platform.is_cpu()
+    if backend is registry.REFERENCE and not asked_for:
+        return "anyfp4 has only readable torch code for this GPU, which is slow (ANYFP4_VLLM=always runs it)"
     return None
 
 
