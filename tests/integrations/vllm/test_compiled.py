@@ -18,30 +18,41 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (make test-vllm)")
 
+from vllm import SamplingParams
+
+from tests.integrations.vllm.conftest import engine
+
 pytestmark = pytest.mark.checkpoint
 
+PROMPT = [10, 20, 30, 40, 50, 60, 7]
+OPTIONS = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 200}
 CHILD = """
 import json, sys
-from vllm import LLM, SamplingParams
+from vllm import LLM
+from tests.integrations.vllm.test_compiled import OPTIONS, generate
 
 if __name__ == "__main__":
-    eager = sys.argv[2] == "eager"
-    llm = LLM(sys.argv[1], dtype="float32", skip_tokenizer_init=True, max_model_len=200, enforce_eager=eager)
-    sampling = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0, logprobs=0)
-    (out,) = llm.generate({"prompt_token_ids": [10, 20, 30, 40, 50, 60, 7]}, sampling, use_tqdm=False)
-    chosen = [*out.prompt_logprobs[1:], *out.outputs[0].logprobs]
-    logprobs = [next(iter(position.values())).logprob for position in chosen]
-    print(json.dumps({"tokens": list(out.outputs[0].token_ids), "logprobs": logprobs}), flush=True)
+    print(json.dumps(generate(LLM(sys.argv[1], **OPTIONS))), flush=True)
 """
 
 
-def run(model: Path, cache: Path, how: str, **variables: str) -> dict[str, Any]:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_CPU_OMP")}
+def generate(llm: Any) -> dict[str, Any]:
+    """Eight tokens, and the log-probabilities of the prompt's and of these."""
+    sampling = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0, logprobs=0)
+    (out,) = llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
+    chosen = [*out.prompt_logprobs[1:], *out.outputs[0].logprobs]
+    logprobs = [next(iter(position.values())).logprob for position in chosen]
+    return {"tokens": list(out.outputs[0].token_ids), "logprobs": logprobs}
+
+
+def run(model: Path, cache: Path, **variables: str) -> dict[str, Any]:
+    """A process that starts vLLM as it does by default, but for ``variables``."""
+    environ = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_OMP_THREADS_BIND"}
     environ |= {"VLLM_CACHE_ROOT": str(cache), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **variables}
     script = cache / "child.py"
     script.write_text(CHILD)
     done = subprocess.run(
-        [sys.executable, str(script), str(model), how], capture_output=True, text=True, env=environ, check=False
+        [sys.executable, str(script), str(model)], capture_output=True, text=True, env=environ, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (done.stdout + done.stderr).count("serves NVFP4 linear layers: backend ") == 1
@@ -50,11 +61,11 @@ def run(model: Path, cache: Path, how: str, **variables: str) -> dict[str, Any]:
 
 def test_compiled_twice(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = checkpoint("variants/ct_nvfp4a16")
-    compiled = run(model, tmp_path, "compiled")
+    compiled = run(model, tmp_path)
     assert list((tmp_path / "torch_compile_cache").iterdir()), "nothing was kept"
-    again = run(model, tmp_path, "compiled", VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    eager = run(model, tmp_path, "eager")
-    assert again == compiled
+    assert run(model, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1") == compiled
+    with engine(model, **OPTIONS) as llm:
+        eager = generate(llm)
     assert eager["tokens"] == compiled["tokens"]
     # another order of float32 sums in attention and norms: 1e-5 of logits around 30
     assert max(abs(a - b) for a, b in zip(eager["logprobs"], compiled["logprobs"], strict=True)) < 1e-3

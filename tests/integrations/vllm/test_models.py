@@ -50,7 +50,7 @@ PROMPTS = (
     "To make bread you need",
 )
 TOKENS = 32
-CONTEXT = 1024
+CONTEXT = 512
 #: vLLM's modules and the projections in them
 SHARDS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -135,8 +135,8 @@ def test_greedy_tokens(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     )
     if pair.weight_only and pair.dtype == "float32":
         assert whole == len(PROMPTS) and all(alike)
-    # not further off than anyfp4's own dtypes from each other; in bfloat16 both engines round, each in its own way: twice
-    # as many differ then, and where that is a handful, chance may make it three times
+    # not further off than anyfp4's own dtypes from each other; in bfloat16 both engines round, each in its own way:
+    # twice as many differ then, and where that is a handful, chance may make it three times
     assert count - sum(alike) <= (1 if pair.dtype == "float32" else 3) * (count - between_dtypes)
 
 

@@ -20,7 +20,7 @@ from tests.integrations.vllm.conftest import engine, layers_of
 from tests.integrations.vllm.test_models import prompt_losses
 
 pytestmark = pytest.mark.checkpoint
-CONTEXT = 256
+CONTEXT = 128
 
 
 def write_rescaled(source: Path, out: Path) -> Path:
