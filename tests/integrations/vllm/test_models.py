@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,11 @@ def test_layers_bit_for_bit(pair: Pair) -> None:
                 for i in (0, 16):
                     assert_same_bits(layer.quant_method.apply(layer, x[i : i + 1], None), y[i : i + 1], name)
             assert sum(p.numel() for p in layer.parameters()) < 8, f"{name} still holds weights"
+            if last == "o_proj":
+                bias = torch.randn(576, generator=generator).to(torch.bfloat16)
+                biased = Linear([replace(source.linear(name), bias=bias)])
+                x = torch.randn(5, 576, generator=generator).to(torch.bfloat16)
+                assert_same_bits(layer.quant_method.apply(layer, x, bias), biased(x), f"{name} with a bias")
 
 
 def test_greedy_tokens(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
