@@ -4,8 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 DEV = $(VENV)/.installed-dev
+# vLLM pins what it is built with, so it has an environment of its own
+VLLM_VENV ?= .venv-vllm
+VLLM = $(VLLM_VENV)/.installed
 
-.PHONY: demo test lint types unit sanitize clean
+.PHONY: demo test test-vllm lint types unit sanitize clean
 
 demo: $(STAMP)  ## install, fetch the demo model, quantize it, generate text
 	$(BIN)/anyfp4 demo
@@ -21,6 +24,10 @@ types: $(DEV)
 
 unit: $(DEV)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# one OpenMP thread: vLLM's small ops wait for each other's threads for milliseconds where the processors are busy
+test-vllm: $(VLLM)  ## install vLLM for CPUs, then test anyfp4 as its plugin
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm
 
 sanitize: $(DEV)  ## kernel tests under ASan and UBSan
 	PYTHON=$(BIN)/python sh tests/kernels/sanitize.sh
@@ -47,5 +54,13 @@ $(DEV): pyproject.toml constraints.txt
 		--constraint constraints.txt 'nvidia-cuda-nvrtc>=13; platform_system == "Linux" and platform_machine == "x86_64"'
 	touch $(STAMP)
 
+# pip compiles no bytecode: most of what vLLM needs is never imported here
+$(VLLM): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -25,8 +25,12 @@ VARIABLES: dict[str, str] = {
     "ANYFP4_NUM_THREADS": "threads of the CPU kernels, 1 or more. The bits do not depend on it. Default: one for "
     "each processor that this process may use",
     "ANYFP4_TEST_CHECKPOINTS": "folder with the real checkpoints that the marked tests read",
+    "ANYFP4_VLLM": "where the vLLM plugin serves NVFP4 linear layers: `auto` on CPUs, on NVIDIA GPUs before Blackwell "
+    "and on AMD's; `always` on Blackwell too; `off` nowhere. A linear backend that vLLM was told to use wins over "
+    "both. Default: auto",
 }
 NUMERICS = ("native", "blackwell")
+VLLM = ("auto", "always", "off")
 MAX_THREADS = 1024
 CPU_ISAS = ("auto", "avx512", "avxvnni", "avx2", "portable")
 
@@ -40,6 +44,7 @@ class Environment:
     numerics: str
     cpu_isa: str = "auto"
     num_threads: int | None = None
+    vllm: str = "auto"
     api_key: str | None = field(default=None, repr=False)
 
 
@@ -67,6 +72,9 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     isa = env.get("ANYFP4_CPU_ISA", "auto")
     if isa not in CPU_ISAS:
         raise EnvironmentVariableError(f"ANYFP4_CPU_ISA={isa!r}: must be one of {', '.join(CPU_ISAS)}")
+    vllm = env.get("ANYFP4_VLLM", "auto")
+    if vllm not in VLLM:
+        raise EnvironmentVariableError(f"ANYFP4_VLLM={vllm!r}: must be one of {', '.join(VLLM)}")
     key = env.get("ANYFP4_API_KEY")
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise EnvironmentVariableError("ANYFP4_API_KEY must be printable ASCII without spaces, and not empty")
@@ -76,6 +84,7 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
         numerics=numerics,
         cpu_isa=isa,
         num_threads=_thread_count(env.get("ANYFP4_NUM_THREADS")),
+        vllm=vllm,
         api_key=key,
     )
 
