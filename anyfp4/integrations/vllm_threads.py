@@ -53,4 +53,4 @@ def ready(backend: Backend, environment: Environment) -> None:
 
 def start(backend: CpuBackend) -> None:
     """Gives the threads something to do, which makes the backend start them."""
-    backend.log_softmax(torch.zeros(64, 1024))
+    backend.log_softmax(torch.zeros(64, 1024, dtype=torch.float32, device="cpu"))  # vLLM changes the default of both

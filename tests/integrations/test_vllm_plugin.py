@@ -248,6 +248,7 @@ backend = CpuBackend()
 if backend.why_not(torch.device("cpu")) is None:
     os.sched_setaffinity(0, {min(cpus)})
     before = set(os.listdir("/proc/self/task"))
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does
     vllm_threads.ready(backend, envs.read())
     started = set(os.listdir("/proc/self/task")) - before
     assert os.sched_getaffinity(0) == {min(cpus)}

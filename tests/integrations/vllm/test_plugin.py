@@ -20,7 +20,7 @@ from anyfp4.checkpoint.reader import Checkpoint
 from anyfp4.errors import EnvironmentVariableError, InvalidArgumentError, TensorError, UnsupportedError
 from anyfp4.integrations import vllm as plugin
 from anyfp4.integrations import vllm_policy
-from anyfp4.integrations.vllm_kernel import Names, created
+from anyfp4.integrations.vllm_kernel import Names, created, note
 from anyfp4.layers.linear import Linear
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.integrations.vllm.conftest import engine, layers_of
@@ -145,7 +145,7 @@ def test_compiled_layer(checkpoint: Callable[[str], Path]) -> None:
 
 @pytest.mark.checkpoint
 def test_output_layer_and_its_padding(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """A quantized lm_head of 250 rows, which vLLM pads to 256; and a scale that is missing."""
+    """A quantized lm_head of 250 rows, which vLLM pads to 256."""
     folder = tmp_path / "quantized_head"
     folder.mkdir()
     source = checkpoint("variants/modelopt_nvfp4")
@@ -166,11 +166,21 @@ def test_output_layer_and_its_padding(checkpoint: Callable[[str], Path], tmp_pat
         assert y.shape == (3, 256) and not y[:, 250:].any()
         assert_same_bits(y[:, :250].contiguous(), Linear([own.linear("lm_head")])(x))
         assert max(generate(llm)) < 250
-    del tensors["model.layers.0.mlp.up_proj.input_scale"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    missing = pytest.raises(TensorError, match=r"gate_up_proj\.input_scale: a shard's global scale was not in")
-    with missing, engine(folder, skip_tokenizer_init=True):
-        pass
+
+
+def test_a_scale_that_is_missing() -> None:
+    layer = torch.nn.Module()
+    layer.input_size_per_partition, layer.prefix = 64, "model.layers.0.mlp.gate_up_proj"
+    layer.weight_scale_2, layer.input_scale = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    names = Names("weight_scale_2", "input_scale", False)
+    created(layer, names, False)
+    layer.weight_scale_2.data.copy_(torch.tensor([0.5, 0.25]))
+    layer.input_scale.data[0] = 0.5
+    with pytest.raises(TensorError, match=r"gate_up_proj\.input_scale: a shard's global scale was not in"):
+        note(layer, names, False)
+    layer.input_scale.data.fill_(0.0)
+    with pytest.raises(TensorError, match=r"gate_up_proj\.input_scale: a shard's global scale is not positive"):
+        note(layer, names, False)
 
 
 def test_a_part_of_k_that_is_no_block() -> None:
