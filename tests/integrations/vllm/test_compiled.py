@@ -59,6 +59,7 @@ def run(model: Path, cache: Path, **variables: str) -> dict[str, Any]:
     return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
 
 
+@pytest.mark.slow
 def test_compiled_twice(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     model = checkpoint("variants/ct_nvfp4a16")
     compiled = run(model, tmp_path)
