@@ -177,6 +177,29 @@ def test_perplexity(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
         assert abs(differences).max() < 1e-3  # 6e-5 seen
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, _ in CASES])
+def test_perplexity_of_the_whole_text(
+    name: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """W4A4 in bfloat16, 20,460 predictions: what tipped codes add has nearly averaged out."""
+    folder = checkpoint(name)
+    ours = anyfp4.LLM(folder, dtype="bfloat16", device="cpu")
+    tokens = ours.encode((checkpoints_root() / "eval.txt").read_text())[1]
+    own = evaluate(ours.engine.model, tokens, context=1024).losses
+    windows = [tokens[i : i + 1024] for i in range(0, len(tokens), 1024)]
+    with engine(folder, dtype="bfloat16") as llm:
+        theirs = np.array([loss for window in windows for loss, _ in prompt_losses(llm, window)])
+    assert len(theirs) == len(own) == 20_460
+    off, error = float((theirs - own).mean()), float((theirs - own).std() / len(own) ** 0.5)
+    with capsys.disabled():
+        print(
+            f"\n{name}: perplexity {np.exp(theirs.mean()):.3f} in vLLM, {np.exp(own.mean()):.3f} in anyfp4's engine "
+            f"({off:+.3%} ± {error:.3%})"
+        )
+    assert abs(off) < 0.005 + 2 * error
+
+
 def prompt_losses(llm: Any, tokens: Sequence[int]) -> list[tuple[float, bool]]:
     """For each token but the first, vLLM's −ln p, and whether it is the one that vLLM would have chosen."""
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
