@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 
@@ -12,15 +13,17 @@ import torch
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.nvfp4 import quantize
 from anyfp4.formats.weights import DenseWeight, NVFP4Weight
+from anyfp4.integrations import vllm_op
 from anyfp4.integrations.linear_op import TracedLinear
+from anyfp4.integrations.vllm_op import HandledLinear
 from anyfp4.layers.linear import Linear
 from anyfp4.testing.bitwise import assert_same_bits
 
 
-def weights(n: int = 48, k: int = 64, seed: int = 0) -> list[NVFP4Weight]:
+def weights(n: int = 48, k: int = 64, seed: int = 0, device: str = "cpu") -> list[NVFP4Weight]:
     generator = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([0.01])
-    return [NVFP4Weight(quantize(torch.randn(n, k, generator=generator)), scale) for _ in range(2)]
+    scale = torch.tensor([0.01], device=device)
+    return [NVFP4Weight(quantize(torch.randn(n, k, generator=generator).to(device)), scale) for _ in range(2)]
 
 
 def layer(name: str = "model.mlp", seed: int = 0) -> TracedLinear:
@@ -95,3 +98,28 @@ def test_kinds_side_by_side() -> None:
     x = torch.randn(3, 64)
     assert held.out_features == 112
     assert_same_bits(held(x), Linear(mixed, numerics="blackwell", backend="reference")(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("handled", [False, True], ids=["by name", "by handle"])
+def test_in_a_cuda_graph(rows: int, handled: bool) -> None:
+    own = weights(n=256, k=1088, device="cuda")
+    options = {"numerics": "native", "backend": "auto"}
+    if handled:
+        by_handle = HandledLinear(own, torch.device("cuda"), **options)
+        call = functools.partial(vllm_op.call, handle=by_handle.handle, bias=None, out_features=512)
+    else:
+        call = TracedLinear("captured", own, **options)
+    first, second = torch.randn(2, rows, 1088, device="cuda").to(torch.bfloat16)
+    call(first)  # kernels compile before the capture
+    torch.cuda.synchronize()
+    held = first.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(held)
+    for x in (first, second):
+        held.copy_(x)
+        graph.replay()
+        assert_same_bits(y.cpu(), Linear(own)(x).cpu())
