@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,7 +74,7 @@ def scan(folder: Path, index: Mapping[str, Any] | None) -> dict[str, TensorInfo]
         TensorError: index and files disagree about a tensor, or a tensor stands in two files.
     """
     if index is None:
-        return _merge(_files_without_index(folder))
+        return merge(_files_without_index(folder))
     file = folder / INDEX_FILE
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -88,7 +88,7 @@ def scan(folder: Path, index: Mapping[str, Any] | None) -> dict[str, TensorInfo]
             raise CheckpointFileError(
                 f"does not exist, but {INDEX_FILE} says that it holds {count} tensors", file=folder / name
             )
-    infos = _merge([folder / name for name in names])
+    infos = merge([folder / name for name in names])
     for tensor, name in weight_map.items():
         if tensor not in infos:
             raise TensorError(f"is missing, but {INDEX_FILE} says that it is here", file=folder / name, tensor=tensor)
@@ -189,7 +189,13 @@ def _files_without_index(folder: Path) -> list[Path]:
     return files
 
 
-def _merge(files: list[Path]) -> dict[str, TensorInfo]:
+def merge(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """The headers of all tensors of several files.
+
+    Raises:
+        CheckpointFileError: a file is not what its name says.
+        TensorError: two files hold a tensor of the same name.
+    """
     infos: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(file).items():

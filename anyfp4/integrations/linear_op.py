@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.weights import LinearWeight
@@ -67,7 +67,7 @@ class TracedLinear:
         )
 
 
-@torch.library.custom_op("anyfp4::linear", mutates_args=())
+@library.custom_op("anyfp4::linear", mutates_args=())
 def _linear(x: Tensor, layer: str, out_features: int) -> Tensor:
     held = _LAYERS.get(layer)
     if held is None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from anyfp4.checkpoint.checks import check_tensors, names_of
 from anyfp4.checkpoint.config import HF_QUANT_CONFIG_FILE, read_json
-from anyfp4.checkpoint.files import INDEX_FILE, read_header, scan
+from anyfp4.checkpoint.files import INDEX_FILE, merge, scan
 from anyfp4.checkpoint.layout import QUANTIZATION_SUFFIXES, TensorInfo
 from anyfp4.checkpoint.scheme import QuantizationConfig, Scheme
 from anyfp4.errors import CheckpointFileError, TensorError, UnsupportedError
@@ -134,13 +134,7 @@ def _headers(files: Sequence[Path]) -> dict[str, TensorInfo]:
     content = read_json(index) if index.exists() else {}
     if files[0].name in dict(content.get("weight_map") or {}).values():
         return scan(files[0].parent, content)
-    infos: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, info in read_header(file).items():
-            if name in infos:
-                raise TensorError(f"stands in {infos[name].file.name} too", file=file, tensor=name)
-            infos[name] = info
-    return infos
+    return merge(files)
 
 
 def _linear_layer(

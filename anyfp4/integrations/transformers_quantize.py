@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from anyfp4.checkpoint import compressed_tensors
 from anyfp4.checkpoint.checks import is_embedding, is_router
-from anyfp4.checkpoint.layout import Suffixes
+from anyfp4.checkpoint.layout import FLOATS, Suffixes
 from anyfp4.checkpoint.scheme import DENSE
 from anyfp4.errors import InvalidArgumentError, TensorError, UnsupportedError
 from anyfp4.formats import nvfp4
@@ -29,7 +29,6 @@ from anyfp4.integrations.transformers_load import replace_layer
 from anyfp4.tools.quantize import fused_with, matches, quantize_weight, weight_global_scale
 
 _LOG = logging.getLogger(__name__)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantizeOnLoad:
@@ -70,7 +69,7 @@ class QuantizeOnLoad:
             TensorError: it holds a NaN or an infinity, or is not floating-point.
         """
         name = parameter.removesuffix(".weight")
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             raise TensorError(f"must be bfloat16, float16 or float32, got {weight.dtype}", tensor=parameter)
         layer = self.layers[name]
         wanted = [layer.out_features, layer.in_features]

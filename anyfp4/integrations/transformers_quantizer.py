@@ -20,8 +20,7 @@ from anyfp4.integrations.transformers_linear import QuantizedLinear
 from anyfp4.integrations.transformers_load import declare_layers, quant_config_folder, require_unquantized
 from anyfp4.integrations.transformers_quantize import QuantizeOnLoad
 from anyfp4.integrations.transformers_save import NAMES, layout_of, quantization_table, state_dict
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from anyfp4.ops.linear import ACTIVATION_DTYPES
 
 
 class AnyFP4HfQuantizer(HfQuantizer):
@@ -72,7 +71,7 @@ class AnyFP4HfQuantizer(HfQuantizer):
         Raises:
             UnsupportedError: activations of that dtype cannot be multiplied.
         """
-        if dtype not in _DTYPES:
+        if dtype not in ACTIVATION_DTYPES:
             raise UnsupportedError(f"dtype {dtype} is not supported; supported: bfloat16, float16, float32")
         return dtype
 

@@ -117,7 +117,7 @@ def _register() -> None:
             before = Change(change.owner, change.name, getattr(change.owner, change.name))
             setattr(change.owner, change.name, change.new)
             done.append(before)
-    except BaseException:
+    except BaseException:  # an interrupt, too, must not leave vLLM half changed; raised again below
         for before in reversed(done):
             setattr(before.owner, before.name, before.new)
         raise

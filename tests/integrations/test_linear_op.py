@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from torch import library
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.nvfp4 import quantize
@@ -37,9 +38,9 @@ def test_gives_the_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_as_pytorch_wants_its_ops(dtype: torch.dtype) -> None:
-    """Schema, fake tensors, dispatch, dynamic shapes: torch.library's own checker."""
+    """Schema, fake tensors, dispatch, dynamic shapes: PyTorch's own checker."""
     held = layer()
-    torch.library.opcheck(torch.ops.anyfp4.linear.default, (torch.randn(5, 64, dtype=dtype), held.name, 96))
+    library.opcheck(torch.ops.anyfp4.linear.default, (torch.randn(5, 64, dtype=dtype), held.name, 96))
 
 
 def test_compiles_whole_and_for_any_number_of_rows() -> None:
@@ -48,6 +49,26 @@ def test_compiles_whole_and_for_any_number_of_rows() -> None:
     for rows in (1, 2, 7):
         x = torch.randn(rows, 64, dtype=torch.bfloat16)
         assert_same_bits(compiled(x), held(x).relu() + 1)
+
+
+@pytest.mark.parametrize("numerics", ["native", "blackwell"])
+@pytest.mark.parametrize("handled", [False, True], ids=["by name", "by handle"])
+def test_rows_do_not_depend_on_each_other(handled: bool, numerics: str) -> None:
+    options = {"numerics": numerics, "backend": "auto"}
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    if handled:
+        layer = HandledLinear(weights(), torch.device("cpu"), **options)
+        bias = torch.randn(96, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+        call = functools.partial(vllm_op.call, handle=layer.handle, bias=bias, out_features=96)
+        # the definition: the scaled sum in float32, then the bias, rounded once
+        expected = (Linear(weights(), numerics=numerics)(x, torch.float32) + bias.float()).to(x.dtype)
+    else:
+        call = TracedLinear("rows", weights(), **options)
+        expected = Linear(weights(), numerics=numerics)(x)
+    y = call(x)
+    assert_same_bits(y, expected)
+    for i in range(len(x)):
+        assert_same_bits(call(x[i : i + 1]), y[i : i + 1])
 
 
 def test_two_models_in_one_process() -> None:

@@ -202,7 +202,7 @@ def test_training_is_refused(folder: Path) -> None:
 
 def test_only_hf_quant_config(folder: Path, tmp_path: Path) -> None:
     if folder.name != "modelopt":
-        pytest.skip("ModelOpt's file")
+        pytest.skip("only ModelOpt's layout has an hf_quant_config.json")
     for file in folder.iterdir():
         if file.name != "config.json":
             (tmp_path / file.name).symlink_to(file)
