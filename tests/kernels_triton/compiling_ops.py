@@ -22,7 +22,7 @@ from tests.kernels_triton.compiling import INSTRUCTIONS
 #: pointers that are not to bfloat16
 POINTERS = {
     "p_positions": "*i64", "p_slots": "*i64", "p_ids": "*i64", "p_keys": "*i64", "p_start": "*i32", "p_length": "*i32",
-    "p_table": "*i32", "p_cos_sin": "*fp32", "p_m": "*fp32", "p_mass": "*fp32", "p_acc": "*fp32", "p_best": "*fp32",
+    "p_table": "*i32", "p_arrived": "*i32", "p_cos_sin": "*fp32", "p_m": "*fp32", "p_mass": "*fp32", "p_acc": "*fp32", "p_best": "*fp32",
     "p_sums": "*fp64", "p_g": "*fp32", "p_values": "*fp16", "p_scale": "*u8",
 }  # fmt: skip
 FLOATS = ("eps", "scale", "v_scale", "k_inverse", "v_inverse")
@@ -68,9 +68,6 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, object]]] = {
     "draw from the heaviest": (
         sampling._draw_heaviest, CHOICES, {"PIECES": 64, "CANDIDATES": sampling.CANDIDATES},
     ),
-    "merge splits": (
-        attention._merge_splits, {}, {"D": 128, "DIM": 128, "SPLIT": attention.SPLIT, "WINDOW": False},
-    ),
 }  # fmt: skip
 #: name -> types that differ, head size, window, operands of the two products
 ATTENTION: dict[str, tuple[dict[str, str], int, bool, Any, Any]] = {
@@ -83,40 +80,48 @@ ATTENTION: dict[str, tuple[dict[str, str], int, bool, Any, Any]] = {
 COMMON, RARE_TARGETS = ("attention", "attention, fp8"), ("90", "gfx942")
 
 
-def build(
+def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, object], options: dict[str, Any], target: GPUTarget
-) -> dict[str, int]:
+) -> Any:
+    """A kernel as Triton compiles it."""
     signature = {}
     for argument in kernel.arg_names:
         default = "*bf16" if argument.startswith("p_") else "fp32" if argument in FLOATS else "i32"
         signature[argument] = "constexpr" if argument in constants else types.get(
             argument, POINTERS.get(argument, default)
         )  # fmt: skip
-    aligned = [a for a, t in signature.items() if t.startswith("*") or a.endswith(("_stride", "block_size"))]
+    aligned = [a for a, t in signature.items() if t.startswith("*") or a.endswith("_stride") and a != "table_stride" or a in ("q_token", "q_head")]
     attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
     places = {(kernel.arg_names.index(a),): v for a, v in constants.items()}
-    compiled = triton.compile(ASTSource(kernel, signature, places, attributes), target=target, options=options)
-    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    return triton.compile(ASTSource(kernel, signature, places, attributes), target=target, options=options)
+
+
+def build(
+    kernel: Any, types: dict[str, str], constants: dict[str, object], options: dict[str, Any], target: GPUTarget
+) -> dict[str, int]:
+    made = compiled(kernel, types, constants, options, target)
+    text = made.asm.get("ptx") or made.asm["amdgcn"]
     found = {i: text.count(i) for i in INSTRUCTIONS if i in text}
-    for width in set(re.findall(r"kWidth = (\d+)", compiled.asm["ttgir"])):
+    for width in set(re.findall(r"kWidth = (\d+)", made.asm["ttgir"])):
         found[f"kWidth {width}"] = 1
-    for shape in set(re.findall(r"amd_mfma.*instrShape = \[(.*?)\]", compiled.asm["ttgir"])):
+    for shape in set(re.findall(r"amd_mfma.*instrShape = \[(.*?)\]", made.asm["ttgir"])):
         found[f"mfma {shape}"] = 1
-    binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    binary = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
     fused = len(re.findall(r"fma\.rn\.f(?:32|64)", text))
-    return {**found, "binary": len(binary), "shared": compiled.metadata.shared, "fma": fused}
+    return {**found, "binary": len(binary), "shared": made.metadata.shared, "fma": fused}
 
 
 def build_attention(name: str, few_rows: bool, target: GPUTarget) -> dict[str, int]:
     types, dim, window, qk, pv = ATTENTION[name]
     arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-    padded, itemsize = (64 if dim == 64 else 128), (4 if qk == tl.float32 else 2)
-    rows, options = attention.program(arch, padded, itemsize, few_rows)
+    padded = 64 if dim == 64 else 128
+    how = attention.launch(arch, padded, 4 if qk == tl.float32 else 2, few_rows)
     constants = {
-        "GROUP": 4, "D": dim, "DIM": padded, "ROWS": rows, "TILE": attention.tile(padded, itemsize),
-        "SPLIT": attention.SPLIT, "WINDOW": window, "PARTIAL": few_rows, "QK": qk, "PV": pv, "INTERPRET": False,
+        "GROUP": 4, "D": dim, "DIM": padded, "ROWS": how.rows, "TILE": how.tile, "SUMS": how.sums, "BLOCK_SIZE": 16,
+        "WINDOW": window, "SHARED": few_rows, "MERGED": 4, "DELAY": how.delay, "QK": qk, "PV": pv,
+        "INTERPRET": False,
     }  # fmt: skip
-    return build(attention._attend, types, constants, options, target)
+    return build(attention.attend, types, constants, how.options(arch), target)
 
 
 def main() -> None:

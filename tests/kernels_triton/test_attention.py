@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
 import torch
 
+from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError
-from anyfp4.kernels.triton import attention
+from anyfp4.kernels.triton import attention, workspace
 from anyfp4.ops.attention import AttentionBatch
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.kernels.cases import DTYPES, generator
@@ -30,7 +32,7 @@ class Sequences:
     table: torch.Tensor
     options: dict[str, float | int | None]
 
-    def run(self, *spans: tuple[int, int, int]) -> list[torch.Tensor]:
+    def run(self, *spans: tuple[int, int, int], division: attention.Launch | None = None) -> list[torch.Tensor]:
         """Attention of spans (sequence, first position, end) in one step; the last span of a sequence is its end."""
         starts = torch.tensor([0, *[end - first for _, first, end in spans]]).cumsum(0).to(torch.int32)
         device = self.k_cache.device
@@ -41,7 +43,7 @@ class Sequences:
             torch.empty(0, dtype=torch.int64, device=device),
         )
         q = torch.cat([self.q[s][first:end] for s, first, end in spans])
-        out = attention.attention(q, self.k_cache, self.v_cache, batch, **self.options)
+        out = attention.attention(q, self.k_cache, self.v_cache, batch, **self.options, division=division)
         return list(out.split([end - first for _, first, end in spans]))
 
 
@@ -152,21 +154,42 @@ def test_chunks_and_decode_agree(
     assert_same_bits(beside[3], whole[30:31])
 
 
-def test_shared_splits_agree(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that share a sequence's splits, and one that does them all."""
-    case = make(device, [600, 300], dim=16, group=2, kv_heads=1, sharp=4.0)
+@pytest.mark.parametrize("window", [None, 290])
+def test_every_division_agrees(device: torch.device, window: int | None) -> None:
+    """Programs that share a sequence's tiles, and one that does them all; how many rows it has, and when it merges."""
+    case = make(device, [600, 300], dim=16, group=2, kv_heads=1, sharp=4.0, window=window)
     spans = ((0, 599, 600), (1, 299, 300))
-    results = []
-    for few in (0, 5, 10**6):
-        monkeypatch.setattr(attention, "_FEW_PROGRAMS", few)
-        results.append(torch.cat(case.run(*spans)))
-    assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
-    windowed = make(device, [600, 300], dim=16, group=2, kv_heads=1, sharp=4.0, window=290)
-    monkeypatch.setattr(attention, "_FEW_PROGRAMS", 0)
-    one = torch.cat(windowed.run(*spans))
-    monkeypatch.setattr(attention, "_FEW_PROGRAMS", 10**6)
-    assert_same_bits(torch.cat(windowed.run(*spans)), one)
+    usual = attention.launch(architecture(device), 16, 2, True)
+    alone, *others = (
+        torch.cat(case.run(*spans, division=replace(usual, **changed)))
+        for changed in ({"programs": 0}, {"programs": 6}, {"programs": 10**6}, {"programs": 0, "rows": 64, "delay": True})
+    )
+    for other in others:
+        assert_same_bits(other, alone)
+    check_values(case, 0, 599, alone[:1])
+    assert not workspace.of(case.k_cache).counters.any(), "counters are zero between launches"
+
+
+def test_long_sequence(device: torch.device) -> None:
+    """More tiles than are merged at a time."""
+    case = make(device, [1200], dim=16, group=1, kv_heads=1, sharp=4.0)
+    usual = attention.launch(architecture(device), 16, 2, True)
+    (shared,), (alone,) = (case.run((0, 1199, 1200), division=replace(usual, programs=n)) for n in (4, 0))
+    assert_same_bits(shared, alone)
+    check_values(case, 0, 1199, shared)
+
+
+def test_places_of_sequences() -> None:
+    """Every row of every sequence has a program, and places beyond are none."""
+    for group, rows in itertools.product((1, 3, 4, 8, 24, 40), (16, 64)):
+        for counts in ([1] * 9, [0, 2, 0, 5], [7], [0], [3, 0, 0], [1, 1, 30, 1], [0] * 4 + [6], [200, 1]):
+            starts = [0, *itertools.accumulate(counts)]
+            per = -(-group // rows)
+            first = [min(start * per, start * group // rows + s) for s, start in enumerate(starts)]
+            needed = [-(-n * group // rows) for n in counts]
+            assert all(b - a >= n for (a, b), n in zip(pairwise(first), needed, strict=True))
+            if all(n == 1 for n in counts) and group <= rows:
+                assert first == list(range(len(first)))
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,40 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Causal attention over the paged cache, in prefill and decode, by one order of operations.
 
-What is computed for one query row. The keys are cut at fixed absolute positions into splits of 256, and those into
-tiles of 64 (fewer for wide heads). A split goes through its tiles in order with a running maximum m, sum of weights
-(mass) and weighted values acc, in float32:
+What is computed for one query row. The keys are cut at fixed absolute positions into tiles of 64 (fewer for wide
+heads). Each tile has a state of its own, a maximum m, sums of weights (mass) and weighted values acc, in float32:
 
-    s = q·k                           matrix units, columns in order
-    m' = max(m, max(s) · scale)
-    p = 2^(s · scale − m')            one fma, one exp2; scale includes log2(e)
-    mass = mass · 2^(m − m') + Σ p    the sum by halves (``elementary.sum_halves``)
-    acc = acc · 2^(m − m') + p·v      matrix units, keys in order; p rounded to the type of v (float16 for FP8)
+    s = q·k                           matrix units, columns in order, from zero
+    m = max(s) · scale                scale includes log2(e)
+    p = 2^(s · scale − m)             one fma, one exp2
+    mass[i] = Σ p                     over the keys i, i + 32, … of the tile: halves are added until 32 sums are left
+    acc = p·v                         matrix units, keys in order, from zero; p rounded to the type of v (float16 for FP8)
 
-and the splits are merged in order by the same rescaling. Where a tile hides all its keys from a row, m' = m and every
-p is 0, so the row's state keeps its bits; hence it does not matter which tiles other rows of a program need, and a
-token gives the same bits in a prompt of any chunking as alone. Nothing depends on how many rows a program holds but the
-choice of matrix instruction: on NVIDIA before sm_100 all are one in their bits (K = 16 at a time), on AMD the launcher
-asks for the 16-wide ones, and on sm_100 decode uses programs as large as prefill.
+and the states are merged in order of the tiles, each product and each fma rounded once:
 
-A hidden value must not reach a row: 0 × NaN is NaN. Tiles that every row of a program sees whole need no care. In the
-others, values that are not finite are taken out of the product and added where they are visible.
+    m' = max(m, m_t)                  α = 2^(m − m'), β = 2^(m_t − m')
+    mass = fma(mass_t, β, mass · α)
+    acc = fma(acc_t, β, acc · α)
 
-Two ways through the splits, with the same bits: a program does all of them (prefill, many sequences), or programs share
-them and a second kernel merges (few sequences).
+At the end the halves of mass are added, then the halves of that, … (``elementary.sum_halves``), and the output is
+acc / mass × v_scale. A tile of which a row sees nothing has m = −∞ and zeros, and leaves the row's state as it is (but
+for the sign of a zero, and the output has no negative zeros). Hence it does not matter which tiles other rows of a
+program need, nor how many programs share the tiles of a sequence, and a token gives the same bits in a prompt of any
+chunking as alone. Nothing depends on how many rows a program holds but the choice of matrix instruction: on NVIDIA
+before sm_100 all are one in their bits (K = 16 at a time), on AMD the launcher asks for the 16-wide ones, and on sm_100
+decode uses programs as large as prefill.
+
+A hidden value must not reach a row: 0 × NaN is NaN. A program whose result has a number that is not finite (only then)
+does its work again: values that are not finite are taken out of the product and added where they are visible. A finite
+result is the same either way.
+
+Two ways through the tiles, with the same bits: a program does all of them (prefill, many sequences), or programs share
+them, leave each tile's state in memory, and the one that comes last merges, in the same launch (few sequences).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,7 +43,8 @@ from torch import Tensor
 
 from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError
-from anyfp4.kernels.triton.attention_tile import attend_split, merge
+from anyfp4.kernels.triton import workspace
+from anyfp4.kernels.triton.attention_kernel import attend
 from anyfp4.kernels.triton.checks import (
     check_device,
     check_dtype,
@@ -44,118 +55,64 @@ from anyfp4.kernels.triton.checks import (
     row_strides,
 )
 from anyfp4.kernels.triton.kv_cache import as_words, check_caches, write_kv
-from anyfp4.kernels.triton.numbers import rounded
 from anyfp4.ops.attention import AttentionBatch
 
-__all__ = ["attention", "write_kv"]
+__all__ = ["Launch", "attention", "write_kv"]
 
-#: keys of a split; part of the definition
-SPLIT = 256
-#: programs below which the splits of a sequence are shared among several
-_FEW_PROGRAMS = 512
-#: bytes that the partial results may take
+#: keys of a tile where a row of keys has at most 256 bytes, and sums of a row's weights in it; part of the definition
+TILE, SUMS = 64, 32
+#: bytes that the states of tiles may take
 MAX_SCRATCH = 256 << 20
 _LOG2_E = 1.4426950408889634
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@triton.jit
-def _sequence_of(p_start, place, SEQUENCES, GROUP, ROWS: tl.constexpr):
-    """The last sequence s whose programs begin at or before ``place``.
+@dataclass(frozen=True)
+class Launch:
+    """How the work is divided. Only ``tile`` and ``sums`` are part of the definition and change bits.
 
-    With ROWS = 1 and GROUP = 1 these are tokens; else sequence s has its first program at start · GROUP // ROWS + s,
-    which leaves every sequence at least as many as it needs.
+    Attributes:
+        rows: query rows (tokens × heads of a group) of a program.
+        tile: keys of a tile.
+        sums: of a row's weights in a tile.
+        warps: of a program.
+        stages: of the loop over tiles: 1 loads a tile when its turn comes, more copy tiles ahead into shared memory.
+        delay: whether a tile is merged after the next one's scores were asked for.
+        programs: most programs of a launch that shares tiles; 0 never does.
+        registers: of a thread at most, on NVIDIA; 0 leaves it to the compiler.
     """
-    count = 0
-    for i in range(0, SEQUENCES, 128):
-        s = i + tl.arange(0, 128)
-        start = tl.load(p_start + s, mask=s < SEQUENCES, other=0)
-        if ROWS > 1:
-            start = start * GROUP // ROWS + s
-        count += tl.sum(((s < SEQUENCES) & (start <= place)).to(tl.int32), axis=0)
-    return count - 1
+
+    rows: int
+    tile: int
+    sums: int
+    warps: int = 4
+    stages: int = 2
+    delay: bool = False
+    programs: int = 512
+    registers: int = 0
+
+    def options(self, arch: str) -> dict[str, int | bool]:
+        """What the compiler is told."""
+        options: dict[str, int | bool] = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+        if arch.startswith("gfx"):
+            options["matrix_instr_nonkdim"] = 16
+        elif self.registers:
+            options["maxnreg"] = self.registers
+        return options
 
 
-@triton.jit
-def _attend(
-    p_q, p_k_cache, p_v_cache, p_start, p_length, p_table, p_out, p_m, p_mass, p_acc,
-    SEQUENCES, table_stride, block_size, q_token, q_head, kv_heads, splits, window, scale, v_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, WINDOW: tl.constexpr, PARTIAL: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):  # fmt: skip
-    place, kv_head = tl.program_id(0), tl.program_id(1)
-    s = _sequence_of(p_start, place, SEQUENCES, GROUP, ROWS)
-    begin, length = tl.load(p_start + s), tl.load(p_length + s)
-    tokens = tl.load(p_start + s + 1) - begin
-    first_row = (place - (begin * GROUP // ROWS + s)) * ROWS
-    if first_row >= tokens * GROUP:
-        return
-    row = first_row + tl.arange(0, ROWS)
-    live = row < tokens * GROUP
-    token = tl.minimum(row // GROUP, tokens - 1)
-    position = length - tokens + token  # [ROWS]
-    head = kv_head * GROUP + row % GROUP
-    d = tl.arange(0, DIM)
-    p_row = p_q + (begin + token).to(tl.int64) * q_token + head * q_head
-    q = tl.load(p_row[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(QK)
-
-    lowest = length - tokens + first_row // GROUP
-    highest = length - tokens + tl.minimum((first_row + ROWS - 1) // GROUP, tokens - 1)
-    first_key = 0
-    if WINDOW:
-        first_key = tl.maximum(lowest - window + 1, 0)
-    total_m = tl.full((ROWS,), -float("inf"), tl.float32)
-    total_mass = tl.zeros((ROWS,), tl.float32)
-    total = tl.zeros((ROWS, DIM), tl.float32)
-    out_row = (begin + token).to(tl.int64) * (kv_heads * GROUP) + head
-    for split in range(first_key // SPLIT + tl.program_id(2), highest // SPLIT + 1, tl.num_programs(2)):
-        m, mass, acc = attend_split(
-            q, p_k_cache, p_v_cache, p_table + s.to(tl.int64) * table_stride, split, position, lowest, highest,
-            first_key, block_size, kv_head, kv_heads, window, scale, D, DIM, ROWS, TILE, SPLIT, WINDOW, QK, PV,
-            INTERPRET,
-        )  # fmt: skip
-        if PARTIAL:
-            here = out_row * splits + split
-            tl.store(p_m + here, m, mask=live)
-            tl.store(p_mass + here, mass, mask=live)
-            tl.store(p_acc + here[:, None] * DIM + d[None, :], acc, mask=live[:, None])
-        else:
-            total_m, total_mass, total = merge(total_m, total_mass, total, m, mass, acc)
-    if not PARTIAL:
-        y = _finished(total_mass, total, v_scale, p_out.dtype.element_ty)
-        tl.store(p_out + out_row[:, None] * D + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def _finished(mass, acc, v_scale, dtype: tl.constexpr):
-    """acc / mass × v_scale in the output's type; a NaN is always the same NaN, a row that saw no key is zero."""
-    y = tl.div_rn(acc, tl.zeros_like(acc) + tl.where(mass == 0.0, 1.0, mass)[:, None]) * v_scale
-    return rounded(tl.where(y == y, y, float("nan")), dtype)
-
-
-@triton.jit
-def _merge_splits(
-    p_start, p_length, p_m, p_mass, p_acc, p_out, SEQUENCES, heads, splits, window, v_scale,
-    D: tl.constexpr, DIM: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    token, head = tl.program_id(0), tl.program_id(1)
-    s = _sequence_of(p_start, token, SEQUENCES, 1, 1)
-    position = tl.load(p_length + s) - tl.load(p_start + s + 1) + token
-    first_key = 0
-    if WINDOW:
-        first_key = tl.maximum(position - window + 1, 0)
-    one, d = tl.arange(0, 1), tl.arange(0, DIM)[None, :]
-    row = token.to(tl.int64) * heads + head
-    total_m = tl.full((1,), -float("inf"), tl.float32)
-    total_mass = tl.zeros((1,), tl.float32)
-    total = tl.zeros((1, DIM), tl.float32)
-    for split in range(first_key // SPLIT, position // SPLIT + 1):
-        here = row * splits + split + one
-        acc = tl.load(p_acc + here[:, None] * DIM + d)
-        total_m, total_mass, total = merge(total_m, total_mass, total, tl.load(p_m + here), tl.load(p_mass + here), acc)
-    y = _finished(total_mass, total, v_scale, p_out.dtype.element_ty)
-    tl.store(p_out + (row + one)[:, None] * D + d, y, mask=d < D)
+def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
+    """The launch for heads of ``padded_dim`` columns. ``few_rows``: sequences have 16 rows or fewer on average."""
+    keys = max(16, min(TILE, TILE * 256 // (padded_dim * itemsize)))
+    sums = min(SUMS, keys)
+    hip, same_size = arch.startswith("gfx"), arch.startswith(("sm_100", "sm_103"))
+    if few_rows and not same_size:
+        return Launch(16, keys, sums, stages=3 if arch in ("sm_80", "sm_90") else 2)
+    if hip or same_size or itemsize == 4:
+        return Launch(64, keys, sums)
+    # as many rows as columns of values, or warps on Ampere would share rows and pass p through memory
+    rows = 128 if padded_dim <= 128 else 64
+    return Launch(rows, keys, sums, warps=8, stages=3 if arch in ("sm_80", "sm_90") else 2)
 
 
 def attention(
@@ -168,12 +125,13 @@ def attention(
     sliding_window: int | None = None,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    division: Launch | None = None,
 ) -> Tensor:
     """See :func:`anyfp4.ops.attention.attention`; the order of operations is at the top of this module.
 
     Grids follow from the shapes alone, and nothing is copied to the host: safe to capture in a CUDA graph, whose
     replays may change the contents of ``batch``. A sequence may have no tokens (padding); a token that sees no key
-    (context_len 0) gives zeros.
+    (context_len 0) gives zeros. ``division`` takes the place of :func:`launch`, to measure it.
     """
     _check(q, k_cache, v_cache, batch, scale * k_scale, sliding_window)
     tokens, heads, dim = q.shape
@@ -185,53 +143,27 @@ def attention(
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group, padded = heads // kv_heads, max(16, power_of_two(dim))
     qk, pv = _operands(q.dtype, k_cache.dtype)
-    splits = triton.cdiv(batch.block_table.shape[1] * block_size, SPLIT)
-    arch = architecture(q.device)
-    rows, options = program(arch, padded, qk.itemsize, tokens * group <= 16 * sequences)
-    places = tokens * group // rows + sequences
-    shared = 1
-    if tokens * group <= 16 * sequences and tokens * heads * splits * (padded + 2) * 4 <= MAX_SCRATCH:
-        shared = max(1, min(splits, triton.cdiv(_FEW_PROGRAMS, places * kv_heads)))
-    size = tokens * heads * splits if shared > 1 else 0
-    p_acc = torch.empty(size * padded, dtype=torch.float32, device=q.device) if size else out
-    p_m, p_mass = torch.empty((2, size), dtype=torch.float32, device=q.device) if size else (out, out)
+    arch, few_rows = architecture(q.device), tokens * group <= 16 * sequences
+    how = division or launch(arch, padded, qk.itemsize, few_rows)
+    tiles = triton.cdiv(batch.block_table.shape[1] * block_size, how.tile)
+    # as many places as ``_first_place`` gives
+    places = min(tokens * triton.cdiv(group, how.rows), tokens * group // how.rows + sequences)
+    jobs, states, state = places * kv_heads, tokens * heads * tiles, padded + how.sums + 1
+    programs = min(tiles, how.programs // jobs) if few_rows and jobs <= workspace.TILES else 1
+    shared = programs > 1 and 4 * states * state <= MAX_SCRATCH
+    memory = torch.empty(states * state, dtype=torch.float32, device=q.device) if shared else out
+    p_acc, p_mass, p_m = memory.split([states * padded, states * how.sums, states]) if shared else (out, out, out)
     window, table = sliding_window or 0, batch.block_table
     with on_device(q):
-        _attend[(places, kv_heads, shared)](
+        attend[(jobs, programs if shared else 1)](
             q, as_words(k_cache), as_words(v_cache), batch.query_start, batch.context_len, table, out, p_m, p_mass,
-            p_acc, sequences, table.stride(0), block_size, q.stride(0), q.stride(1), kv_heads, splits, window,
-            scale * k_scale * _LOG2_E, v_scale,
-            GROUP=group, D=dim, DIM=padded, ROWS=rows, TILE=tile(padded, qk.itemsize), SPLIT=SPLIT,
-            WINDOW=window > 0, PARTIAL=shared > 1, QK=_TYPES[qk], PV=_TYPES[pv], INTERPRET=interpreting(), **options,
+            p_acc, workspace.of(q).counters if shared else out, sequences, table.stride(0), q.stride(0), q.stride(1),
+            kv_heads, tiles, window, scale * k_scale * _LOG2_E, v_scale,
+            GROUP=group, D=dim, DIM=padded, ROWS=how.rows, TILE=how.tile, SUMS=how.sums, BLOCK_SIZE=block_size,
+            WINDOW=window > 0, SHARED=shared, MERGED=min(4, power_of_two(group)), DELAY=how.delay,
+            QK=_TYPES[qk], PV=_TYPES[pv], INTERPRET=interpreting(), **how.options(arch),
         )  # fmt: skip
-        if shared > 1:
-            _merge_splits[(tokens, heads)](
-                batch.query_start, batch.context_len, p_m, p_mass, p_acc, out, sequences, heads, splits, window,
-                v_scale, D=dim, DIM=padded, SPLIT=SPLIT, WINDOW=window > 0, num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
     return out
-
-
-def tile(padded_dim: int, itemsize: int) -> int:
-    """Keys of a tile, part of the definition: 64 where a row of keys has at most 256 bytes, fewer beyond."""
-    return max(16, min(64, 64 * 256 // (padded_dim * itemsize)))
-
-
-def program(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> tuple[int, dict[str, int | bool]]:
-    """(rows of a program, launch options). ``few_rows``: the sequences of the step have 16 rows or fewer on average."""
-    hip, same_size = arch.startswith("gfx"), arch.startswith(("sm_100", "sm_103"))
-    options: dict[str, int | bool] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
-    if hip:
-        options["matrix_instr_nonkdim"] = 16
-    if few_rows and not same_size:
-        if arch in ("sm_80", "sm_90"):
-            options["num_stages"] = 3
-        return 16, options
-    if hip or same_size or itemsize == 4:
-        return 64, options
-    # as many rows as columns of values, or warps on Ampere would share rows and pass p through memory
-    options["num_warps"] = 8
-    return (128 if padded_dim <= 128 else 64), options
 
 
 def _operands(q: torch.dtype, cache: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -256,6 +188,8 @@ def _check(
         raise InvalidArgumentError(f"the head size of an FP8 cache must be a multiple of 4, got {list(k_cache.shape)}")
     if q.dim() != 3 or q.shape[2] != k_cache.shape[3] or not k_cache.shape[2] or q.shape[1] % k_cache.shape[2]:
         raise InvalidArgumentError(f"q {list(q.shape)} does not fit caches {list(k_cache.shape)}")
+    if k_cache.shape[:3].numel() >= 1 << 31:
+        raise InvalidArgumentError(f"the caches may have at most 2^31 rows, got {list(k_cache.shape)}")
     sequences = batch.context_len.shape[0]
     if (
         batch.query_start.shape != (sequences + 1,)

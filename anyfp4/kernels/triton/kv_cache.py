@@ -34,34 +34,32 @@ def to_cache(x, inverse, dtype: tl.constexpr):
 
 
 @triton.jit
-def cached_rows(p_cache, at, live, D: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, dtype: tl.constexpr):
-    """Rows of D numbers as [R, DIM] of ``dtype``, zero past D; E4M3 is widened exactly.
+def cached_rows(
+    p_cache, row, live, column, D: tl.constexpr, DIM: tl.constexpr, ALL: tl.constexpr, dtype: tl.constexpr
+):
+    """DIM numbers from ``column`` on of rows of D numbers: [R, DIM] of ``dtype``, zero past D; E4M3 widened exactly.
 
-    Row i begins at at[i], int64; if MASK, only rows with live[i] are read and the others are zero.
+    Only the rows with live[i] are read, and the others are zero. ALL: no number lies past D.
 
     An FP8 cache comes as words of four bytes (:func:`as_words`). The compiler lays out operands of ``mma.sync`` by the
     width of what was loaded (and by half of it where it sees ``tl.join``): from bytes it would permute the columns
     within a step, and so the order of a sum, which it does not for ``wgmma``. From words it keeps the order of both.
     """
+    row = row.to(tl.int64)[:, None]
     if p_cache.dtype.element_ty == tl.int32:
-        d = tl.arange(0, DIM // 4)[None, :]
-        p_words = p_cache + (at // 4)[:, None] + d
-        if MASK or D < DIM:
-            words = tl.load(p_words, mask=live[:, None] & (d < D // 4), other=0)
-        else:
-            words = tl.load(p_words)
+        d = column // 4 + tl.arange(0, DIM // 4)[None, :]
+        mask = live[:, None] if ALL else live[:, None] & (d < D // 4)
+        words = tl.load(p_cache + row * (D // 4) + d, mask=mask, other=0)
         bytes_ = (words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 0xFF
-        bits = tl.reshape(bytes_, (at.shape[0], DIM))
+        bits = tl.reshape(bytes_, (words.shape[0], DIM))
         # in float32's places the seven low bits read as value × 2⁻¹²⁰, subnormal numbers too
         magnitude = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
         value = magnitude.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2¹²⁰
         y = tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(dtype)
     else:
-        d = tl.arange(0, DIM)[None, :]
-        if MASK or D < DIM:
-            y = tl.load(p_cache + at[:, None] + d, mask=live[:, None] & (d < D), other=0.0).to(dtype)
-        else:
-            y = tl.load(p_cache + at[:, None] + d).to(dtype)
+        d = column + tl.arange(0, DIM)[None, :]
+        mask = live[:, None] if ALL else live[:, None] & (d < D)
+        y = tl.load(p_cache + row * D + d, mask=mask, other=0.0).to(dtype)
     return y
 
 

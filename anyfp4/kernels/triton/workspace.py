@@ -42,6 +42,8 @@ def of(x: Tensor) -> Workspace:
         return _workspace(x.device, 0)
     if torch.cuda.is_current_stream_capturing():
         return _workspace(x.device, _GRAPHS)
+    # what is launched now may be captured next
+    reserve(x.device)
     return _workspace(x.device, torch.cuda.current_stream(x.device).cuda_stream)
 
 
