@@ -22,9 +22,12 @@ from tests.kernels_triton.compiling import INSTRUCTIONS
 #: pointers that are not to bfloat16
 POINTERS = {
     "p_positions": "*i64", "p_slots": "*i64", "p_ids": "*i64", "p_keys": "*i64", "p_start": "*i32", "p_length": "*i32",
-    "p_table": "*i32", "p_arrived": "*i32", "p_cos_sin": "*fp32", "p_m": "*fp32", "p_mass": "*fp32", "p_acc": "*fp32", "p_best": "*fp32",
+    "p_table": "*i32", "p_arrived": "*i32",
+    "p_cos_sin": "*fp32", "p_m": "*fp32", "p_mass": "*fp32", "p_acc": "*fp32", "p_best": "*fp32",
     "p_sums": "*fp64", "p_g": "*fp32", "p_values": "*fp16", "p_scale": "*u8",
 }  # fmt: skip
+#: integers that are multiples of 16
+ALIGNED = ("token_stride", "head_stride", "x_stride", "k_stride", "v_stride", "q_token", "q_head")
 FLOATS = ("eps", "scale", "v_scale", "k_inverse", "v_inverse")
 LOGITS = {"p_x": "*fp32", "p_y": "*fp32"}
 CHOICES = {"p_x": "*fp32", "p_sums": "*i64"} | dict.fromkeys(("p_choices", "p_tokens"), "*i64")
@@ -90,7 +93,7 @@ def compiled(
         signature[argument] = "constexpr" if argument in constants else types.get(
             argument, POINTERS.get(argument, default)
         )  # fmt: skip
-    aligned = [a for a, t in signature.items() if t.startswith("*") or a.endswith("_stride") and a != "table_stride" or a in ("q_token", "q_head")]
+    aligned = [a for a, t in signature.items() if t.startswith("*") or a in ALIGNED]
     attributes = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
     places = {(kernel.arg_names.index(a),): v for a, v in constants.items()}
     return triton.compile(ASTSource(kernel, signature, places, attributes), target=target, options=options)

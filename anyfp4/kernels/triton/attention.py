@@ -8,7 +8,7 @@ heads). Each tile has a state of its own, a maximum m, sums of weights (mass) an
     m = max(s) · scale                scale includes log2(e)
     p = 2^(s · scale − m)             one fma, one exp2
     mass[i] = Σ p                     over the keys i, i + 32, … of the tile: halves are added until 32 sums are left
-    acc = p·v                         matrix units, keys in order, from zero; p rounded to the type of v (float16 for FP8)
+    acc = p·v                         matrix units, keys in order, from zero; p rounded to the type of v (FP8: float16)
 
 and the states are merged in order of the tiles, each product and each fma rounded once:
 

@@ -52,6 +52,11 @@ def attend(
     SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, MERGED: tl.constexpr,
     DELAY: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
+    """Attention of the rows at a place, for one head of keys; a place is ROWS rows (tokens × GROUP) of a sequence.
+
+    Program (place and head, i) takes the tiles i, i + programs, … of those that its rows see. SHARED: there are several
+    such programs; each stores the states of its tiles, and the last to arrive merges.
+    """
     # the last rows of a prompt see most keys: they go first
     place = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
     kv_head = tl.program_id(0) % kv_heads
@@ -66,9 +71,8 @@ def attend(
     if WINDOW:
         first = tl.maximum(lowest - window + 1, 0) // TILE
     count = (highest + TILE) // TILE - first
-    if SHARED:
-        if tl.program_id(1) >= tl.maximum(count, 1):
-            return
+    if SHARED and tl.program_id(1) >= tl.maximum(count, 1):
+        return
     p_table += sequence.to(tl.int64) * table_stride
 
     row = first_row + tl.arange(0, ROWS)

@@ -75,16 +75,18 @@ def visible_values(
     v = cached_rows(p_v_cache, rows, present, column, D, COLUMNS, False, PV)
     finite = tl.abs(v.to(tl.float32)) < float("inf")
     acc = product(p, tl.where(finite, v, tl.zeros_like(v)), INTERPRET)
-    i, one = tl.arange(0, TILE), tl.arange(0, 1)
-    for key in range(start, tl.minimum(start + TILE, highest + 1)):
-        row = (tl.load(p_table + key // BLOCK_SIZE + one) * BLOCK_SIZE + key % BLOCK_SIZE) * kv_heads + kv_head
-        v_key = cached_rows(p_v_cache, row, one == 0, column, D, COLUMNS, False, PV).to(tl.float32)
-        weight = tl.sum(tl.where((i == key - start)[None, :], p.to(tl.float32), 0.0), axis=1)
-        visible = key <= position
-        if WINDOW:
-            visible = visible & (key > position - window)
-        apart = visible[:, None] & ((tl.abs(v_key) < float("inf")) == 0)
-        acc += tl.where(apart, weight[:, None] * v_key, 0.0)
+    if tl.max(tl.max(tl.where(finite, 0, 1), axis=1), axis=0) > 0:
+        i, one = tl.arange(0, TILE), tl.arange(0, 1)
+        for key in range(start, tl.minimum(start + TILE, highest + 1)):
+            row = (tl.load(p_table + key // BLOCK_SIZE + one) * BLOCK_SIZE + key % BLOCK_SIZE) * kv_heads + kv_head
+            v_key = cached_rows(p_v_cache, row, one == 0, column, D, COLUMNS, False, PV).to(tl.float32)
+            apart = (tl.abs(v_key) < float("inf")) == 0
+            if tl.max(tl.max(apart.to(tl.int32), axis=1), axis=0) > 0:
+                weight = tl.sum(tl.where((i == key - start)[None, :], p.to(tl.float32), 0.0), axis=1)
+                visible = key <= position
+                if WINDOW:
+                    visible = visible & (key > position - window)
+                acc += tl.where(visible[:, None] & apart, weight[:, None] * v_key, 0.0)
     return acc
 
 

@@ -34,9 +34,7 @@ def to_cache(x, inverse, dtype: tl.constexpr):
 
 
 @triton.jit
-def cached_rows(
-    p_cache, row, live, column, D: tl.constexpr, DIM: tl.constexpr, ALL: tl.constexpr, dtype: tl.constexpr
-):
+def cached_rows(p_cache, row, live, column, D: tl.constexpr, DIM: tl.constexpr, ALL: tl.constexpr, dtype: tl.constexpr):
     """DIM numbers from ``column`` on of rows of D numbers: [R, DIM] of ``dtype``, zero past D; E4M3 widened exactly.
 
     Only the rows with live[i] are read, and the others are zero. ALL: no number lies past D.
