@@ -78,7 +78,7 @@ class TritonBackend(Backend):
         return triton_weights.matrices(prepared.data)
 
     def workspace_nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """See :meth:`Backend.workspace_nbytes`: a weight dequantized, splits of long sequences, sums over K."""
+        """See :meth:`Backend.workspace_nbytes`: a weight dequantized, states of attention's tiles, sums over K."""
         n, k = shape
         elements = n * k if dtype == torch.float32 else min(n * k, kernel("gemm").WORKSPACE)
         # the sums of a stream, and those of graphs

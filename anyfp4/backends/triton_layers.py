@@ -2,8 +2,8 @@
 
 A layer is, where its linear layers are W4A4: norm with quantization, q/k/v, norm of q and k with rotation and cache
 write, attention, quantization, output projection, norm with quantization, gate/up, silu × up with quantization, down:
-ten launches (eleven where the splits of long sequences are shared among programs) in place of seventeen, and the
-activation between an op and its quantization is never written. Other kinds of linear layer take the plain ops.
+ten launches in place of seventeen, and the activation between an op and its quantization is never written. Other kinds
+of linear layer take the plain ops.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ TARGETS = {
 ATTENTION = ("attention", "attention, fp8", "attention, heads of 80", "attention, fp32")
 EACH_ROUNDED = (
     "rms_norm", "add_rms_norm", "silu_mul", "rope", "rope_and_write", "rope_and_write, fp8", "write_kv, fp8",
-    "sum of pieces", "log_softmax", "merge splits", "norm_quantize", "norm_quantize, 1 row", "silu_mul_quantize",
+    "sum of pieces", "log_softmax", "norm_quantize", "norm_quantize, 1 row", "silu_mul_quantize",
     "silu_mul_quantize, 1 row", "weights of pieces", "draw", "keys of weights", "draw from the heaviest",
 )  # fmt: skip
 #: kernel -> exponentials of a thread, each of 12 multiply-adds that are fused on purpose

@@ -107,10 +107,12 @@ def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
     sums = min(SUMS, keys)
     hip, same_size = arch.startswith("gfx"), arch.startswith(("sm_100", "sm_103"))
     if few_rows and not same_size:
-        return Launch(16, keys, sums, stages=3 if arch in ("sm_80", "sm_90") else 2)
+        # four programs on a multiprocessor (a fourth of its registers each), each with a tile of keys on the way
+        return Launch(16, keys, sums, stages=2, registers=128 if itemsize == 2 else 0)
     if hip or same_size or itemsize == 4:
         return Launch(64, keys, sums)
-    # as many rows as columns of values, or warps on Ampere would share rows and pass p through memory
+    # as many rows as columns of values, or warps on Ampere would share rows and pass p through memory; with two stages
+    # the copy of a tile would begin after the products of the one before
     rows = 128 if padded_dim <= 128 else 64
     return Launch(rows, keys, sums, warps=8, stages=3 if arch in ("sm_80", "sm_90") else 2)
 
