@@ -323,8 +323,16 @@ def test_in_a_cuda_graph(device: torch.device) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = launch()
+    side = torch.cuda.Stream()
     for a, b in ((1, 300), (256, 257), (900, 12)):
         lengths.copy_(torch.tensor([a, b], dtype=torch.int32))
         q.copy_(torch.cat([case.q[0][a - 1 : a], case.q[1][b - 1 : b]]))
+        side.wait_stream(torch.cuda.current_stream())
         graph.replay()
-        assert_same_bits(out, torch.cat(case.run((0, a - 1, a), (1, b - 1, b))))
+        # at the same time on another stream, with counters of its own
+        with torch.cuda.stream(side):
+            expected = torch.cat(case.run((0, a - 1, a), (1, b - 1, b)))
+        torch.cuda.synchronize()
+        assert_same_bits(out, expected)
+        alone = replace(attention.launch(architecture(device), 64, 2, True), programs=0)
+        assert_same_bits(out, torch.cat(case.run((0, a - 1, a), (1, b - 1, b), division=alone)))
