@@ -134,8 +134,10 @@ def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
     n, k = weight.shape
     data = _kernel("linear").Records(records, tuple(runs), n, k, alpha, bias)
+    # now, for a copy from the host cannot be captured in a graph
+    assert data.by_run
     for row_tiles in range(1, MOST_ROW_TILES + 1):
-        data.tables(row_tiles)  # now, for a copy from the host cannot be captured in a graph
+        data.tables(row_tiles)
     return HopperNVFP4(data, inverses, weight.pre_quant_scale)
 
 

@@ -114,7 +114,7 @@ def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
     # as many rows as columns of values, or warps on Ampere would share rows and pass p through memory; with two stages
     # the copy of a tile would begin after the products of the one before
     rows = 128 if padded_dim <= 128 else 64
-    return Launch(rows, keys, sums, warps=8, stages=3 if arch in ("sm_80", "sm_90") else 2)
+    return Launch(rows, keys, sums, warps=8, stages=3 if arch in ("sm_80", "sm_90") else 2, delay=arch == "sm_90")
 
 
 def attention(
