@@ -87,6 +87,8 @@ def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, object], options: dict[str, Any], target: GPUTarget
 ) -> Any:
     """A kernel as Triton compiles it."""
+    if "OVERLAP" in kernel.arg_names:
+        constants = {**constants, "OVERLAP": target.backend == "cuda" and int(target.arch) >= 90}
     signature = {}
     for argument in kernel.arg_names:
         default = "*bf16" if argument.startswith("p_") else "fp32" if argument in FLOATS else "i32"
@@ -104,11 +106,14 @@ def build(
 ) -> dict[str, int]:
     made = compiled(kernel, types, constants, options, target)
     text = made.asm.get("ptx") or made.asm["amdgcn"]
-    found = {i: text.count(i) for i in INSTRUCTIONS if i in text}
+    found = {i: text.count(i) for i in (*INSTRUCTIONS, "griddepcontrol.wait") if i in text}
     for width in set(re.findall(r"kWidth = (\d+)", made.asm["ttgir"])):
         found[f"kWidth {width}"] = 1
     for shape in set(re.findall(r"amd_mfma.*instrShape = \[(.*?)\]", made.asm["ttgir"])):
         found[f"mfma {shape}"] = 1
+    if "griddepcontrol.wait" in text:
+        before = text[: text.index("griddepcontrol.wait")]
+        found["before waiting"] = len(re.findall(r"(?:ld|st|atom|red)\.\w*\.?global|cp\.async|\tret;", before))
     binary = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
     fused = len(re.findall(r"fma\.rn\.f(?:32|64)", text))
     return {**found, "binary": len(binary), "shared": made.metadata.shared, "fma": fused}

@@ -63,6 +63,16 @@ def test_small_and_large_programs_add_in_one_order(backend: str, arch: str) -> N
             assert large == small, name
 
 
+@pytest.mark.parametrize("arch", ["90", "100"])
+def test_kernels_that_may_start_early_wait_first(arch: str) -> None:
+    """Nothing is read or written before, and no program ends without having waited."""
+    early = {name: facts for name, facts in built("cuda", arch).items() if "griddepcontrol.wait" in facts}
+    assert {"norm_quantize", "silu_mul_quantize", "rope_and_write", "attention", "attention, few rows"} <= set(early)
+    for name, facts in early.items():
+        assert (facts["griddepcontrol.wait"], facts["before waiting"]) == (1, 0), name
+    assert not any("griddepcontrol.wait" in facts for facts in built("cuda", "80").values())
+
+
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.parametrize("name", EACH_ROUNDED)
 def test_nothing_else_is_fused(arch: str, name: str) -> None:

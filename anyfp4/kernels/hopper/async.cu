@@ -28,6 +28,11 @@ INLINE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// What the kernel before this one on the stream wrote is there, and it reads no more; and: the kernel after this one may
+// start, and wait likewise.
+INLINE void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+INLINE void dependency_release() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 // `threads` threads of the block meet at barrier `id` (1 to 15)
 INLINE void named_sync(uint32 id, uint32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 INLINE void named_arrive(uint32 id, uint32 threads) {

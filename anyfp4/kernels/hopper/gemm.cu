@@ -146,6 +146,7 @@ INLINE void multiply_tiles(const Work &work, const Finish &f, const TensorMap *y
         }
 #pragma unroll
         for (int j = KEPT; j < 8 * BLOCKS; j++) total[j] = acc[j];
+        dependency_wait();
         store(total, scales, y_map, f, work, tile, warpgroup);
     }
     if (OUT != 0 && thread == 0) store_wait_read();
@@ -179,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x < 128) {
         fewer_registers<40>();
         if (threadIdx.x == 0) {
+            dependency_release();
             const Work w = work();
             copy(w, &left, &right, records, blockIdx.x / CLUSTER, w.x_tiles * tiles, gridDim.x / CLUSTER);
         }

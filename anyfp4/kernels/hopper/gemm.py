@@ -171,7 +171,7 @@ def _launch(of: _Operands, shape: Shape, x: Tensor, m: int, out_dtype: torch.dty
         int(store), m, n, math.ceil(k / _STEP), unit, EXPONENT,
     )  # fmt: skip
     kernel = _kernel(shape, *kinds, x.get_device())
-    kernel.launch((clusters * shape.cluster, 1, 1), 384, arguments, cluster=shape.cluster)
+    kernel.launch((clusters * shape.cluster, 1, 1), 384, arguments, cluster=shape.cluster, overlap=True)
     return y
 
 

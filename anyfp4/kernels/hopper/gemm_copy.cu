@@ -66,28 +66,46 @@ struct Ring {
     }
 };
 
+// row tiles of 64 that a tile of records has
+INLINE int present_of(const Tile &tile) { return min(max((tile.end - tile.row + 63) / 64, 0), 2); }
+
+INLINE void load_records(const Work &work, const Tile &tile, const uint8 *records, int k, int stage, uint32 full) {
+    const uint8 *from = records + static_cast<uint64>(tile.record) * work.steps * RECORD;
+    const uint32 to = work.base + LEFT_OFFSET + stage * LEFT_BYTES;
+    for (int half = 0; half < present_of(tile); half++)
+        load_bytes(to + half * RECORD, from + (half * work.steps + k) * RECORD, RECORD, full);
+}
+
 INLINE void copy(const Work &work, const TensorMap *left, const TensorMap *right, const uint8 *records,
                  int first, int count, int stride) {
     Ring ring;
+    // records depend on no kernel before this one: as many as the ring holds come ahead
+    int ahead = 0;
+    if (PACKED && first < count) {
+        const Tile tile = tile_at(work, first);
+        for (const int most = min(STAGES, work.steps); ahead < most; ahead++) {
+            const uint32 full = work.full + 8 * ahead;
+            barrier_expect(full, RIGHT_BYTES + present_of(tile) * RECORD);
+            load_records(work, tile, records, ahead, ahead, full);
+        }
+    }
+    dependency_wait();
     for (int i = first; i < count; i += stride) {
         const Tile tile = tile_at(work, i);
         const int x_row = tile.index * work.m + tile.token;
-        const int present = min(max((tile.end - tile.row + 63) / 64, 0), 2);
-        const uint8 *from = records + static_cast<uint64>(tile.record) * work.steps * RECORD;
         const int left_row = SWAP ? x_row : tile.row, right_row = (SWAP ? tile.row : x_row) + work.rank * (COLUMNS / CLUSTER);
         for (int k = 0; k < work.steps; k++) {
             const uint32 full = work.full + 8 * ring.stage, left_to = work.base + LEFT_OFFSET + ring.stage * LEFT_BYTES;
             const uint32 right_to = work.base + ring.stage * RIGHT_BYTES + work.rank * (RIGHT_BYTES / CLUSTER);
-            barrier_wait(work.empty + 8 * ring.stage, ring.phase ^ 1);
-            barrier_expect(full, RIGHT_BYTES + (PACKED ? present * RECORD : LEFT_BYTES));
+            if (ahead == 0) {
+                barrier_wait(work.empty + 8 * ring.stage, ring.phase ^ 1);
+                barrier_expect(full, RIGHT_BYTES + (PACKED ? present_of(tile) * RECORD : LEFT_BYTES));
+            }
             if (CLUSTER > 1) load_box_shared(right_to, right, 64 * k, right_row, full, (1 << CLUSTER) - 1);
             else load_box(right_to, right, 64 * k, right_row, full);
-            if (PACKED) {
-                for (int half = 0; half < present; half++)
-                    load_bytes(left_to + half * RECORD, from + (half * work.steps + k) * RECORD, RECORD, full);
-            } else {
-                load_box(left_to, left, 64 * k, left_row, full);
-            }
+            if (!PACKED) load_box(left_to, left, 64 * k, left_row, full);
+            else if (ahead == 0) load_records(work, tile, records, k, ring.stage, full);
+            if (ahead > 0) ahead--;
             ring.next();
         }
     }

@@ -13,8 +13,6 @@ static_assert(STEP % SETS == 0, "a set of registers is one chunk");
 
 extern __shared__ __align__(1024) uint8 shared[];
 
-INLINE void dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-INLINE void dependency_release() { asm volatile("griddepcontrol.launch_dependents;"); }
 INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 

@@ -54,6 +54,7 @@ from anyfp4.kernels.triton.checks import (
     power_of_two,
     row_strides,
 )
+from anyfp4.kernels.triton.dependency import overlapping
 from anyfp4.kernels.triton.kv_cache import as_words, check_caches, write_kv
 from anyfp4.ops.attention import AttentionBatch
 
@@ -163,7 +164,7 @@ def attention(
             kv_heads, tiles, window, scale * k_scale * _LOG2_E, v_scale,
             GROUP=group, D=dim, DIM=padded, ROWS=how.rows, TILE=how.tile, SUMS=how.sums, BLOCK_SIZE=block_size,
             WINDOW=window > 0, SHARED=shared, MERGED=min(4, power_of_two(group)), DELAY=how.delay,
-            QK=_TYPES[qk], PV=_TYPES[pv], INTERPRET=interpreting(), **how.options(arch),
+            QK=_TYPES[qk], PV=_TYPES[pv], INTERPRET=interpreting(), **overlapping(q), **how.options(arch),
         )  # fmt: skip
     return out
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from anyfp4.kernels.triton.attention_tile import finished, merge, product, rows_of_tile, scores, visible_values, weights
+from anyfp4.kernels.triton.dependency import wait_for_inputs
 from anyfp4.kernels.triton.kv_cache import cached_rows
 
 #: integers that need no kernel of their own for some of their values
@@ -50,13 +51,14 @@ def attend(
     SEQUENCES, table_stride, q_token, q_head, kv_heads, tiles, window, scale, v_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, MERGED: tl.constexpr,
-    DELAY: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr,
+    DELAY: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Attention of the rows at a place, for one head of keys; a place is ROWS rows (tokens × GROUP) of a sequence.
 
     Program (place and head, i) takes the tiles i, i + programs, … of those that its rows see. SHARED: there are several
     such programs; each stores the states of its tiles, and the last to arrive merges.
     """
+    wait_for_inputs(OVERLAP)
     # the last rows of a prompt see most keys: they go first
     place = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
     kv_head = tl.program_id(0) % kv_heads

@@ -16,6 +16,7 @@ from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton import norm
 from anyfp4.kernels.triton.activation import gated
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device, power_of_two
+from anyfp4.kernels.triton.dependency import overlapping, wait_for_inputs
 from anyfp4.kernels.triton.elementary import sum_neighbours
 from anyfp4.kernels.triton.numbers import float32_of, rounded
 from anyfp4.kernels.triton.quantize import block_scales, over, places, products, tile
@@ -55,8 +56,9 @@ def _stream(p_x, p_residual, x_here, here, live, ADD: tl.constexpr):
 def _norm_quantize(
     p_x, p_residual, p_weight, p_total, p_pre, p_g, p_values, p_scale, rows, K, x_stride, eps,
     ADD: tl.constexpr, PRE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-    SCALES: tl.constexpr,
+    SCALES: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     first = tl.program_id(0).to(tl.int64) * ROWS
     c = tl.arange(0, ROWS * BLOCKS)
     row, block = c // BLOCKS, c % BLOCKS
@@ -97,7 +99,9 @@ def _norm_quantize(
 def _silu_mul_quantize(
     p_x, p_pre, p_g, p_values, p_scale, rows, width, x_stride,
     PRE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, SCALES: tl.constexpr,
+    OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     live = block * 16 < width
@@ -156,6 +160,7 @@ def norm_quantize(
                 x if pre_quant_scale is None else pre_quant_scale, inverse_scales.contiguous(), values, scale, m, k,
                 x.stride(0), eps, ADD=residual is not None, PRE=pre_quant_scale is not None, ROWS=rows,
                 BLOCKS=blocks, PARTS=parts, SCALES=values.shape[0], num_warps=warps, enable_fp_fusion=False,
+                **overlapping(x),
             )  # fmt: skip
     return values, scale, total
 
@@ -198,7 +203,7 @@ def silu_mul_quantize(
             _silu_mul_quantize[(m, triton.cdiv(width // 16, blocks))](
                 gate_up, gate_up if pre_quant_scale is None else pre_quant_scale, inverse_scales.contiguous(), values,
                 scale, m, width, gate_up.stride(0), PRE=pre_quant_scale is not None, BLOCKS=blocks, WHOLE=whole,
-                SCALES=values.shape[0], num_warps=warps, enable_fp_fusion=False,
+                SCALES=values.shape[0], num_warps=warps, enable_fp_fusion=False, **overlapping(gate_up),
             )  # fmt: skip
     return values, scale
 

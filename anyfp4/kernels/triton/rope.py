@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device, power_of_two, row_strides
+from anyfp4.kernels.triton.dependency import overlapping, wait_for_inputs
 from anyfp4.kernels.triton.elementary import sum_neighbours
 from anyfp4.kernels.triton.kv_cache import as_stored, check_caches, inverse_scale, to_cache
 from anyfp4.kernels.triton.norm import inverse_root
@@ -94,8 +95,9 @@ def _squares(a, b, p_row, whole, live, EVEN: tl.constexpr):
 def _rope_and_write(
     p_qkv, p_positions, p_cos_sin, p_q_norm, p_k_norm, p_q, p_k_cache, p_v_cache, p_slots, heads, kv_heads, limit,
     slots, token_stride, HALF, k_inverse, v_inverse, eps,
-    NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAP)
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, slot = tl.load(p_positions + token), tl.load(p_slots + token)
     q_groups, kv_groups = tl.cdiv(heads, HEADS), tl.cdiv(kv_heads, HEADS)
@@ -211,7 +213,7 @@ def rope_and_write(
             slots.contiguous(), heads, kv_heads, cos_sin.shape[0], k_cache.shape[0] * k_cache.shape[1], qkv.stride(0),
             half, inverse_scale(k_scale, k_cache), inverse_scale(v_scale, v_cache), eps,
             NORM=q_norm is not None, HEADS=at_once, BLOCK=block, EVEN=block == half, num_warps=warps,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **overlapping(qkv),
         )  # fmt: skip
     return q
 
