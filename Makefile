@@ -8,7 +8,7 @@ DEV = $(VENV)/.installed-dev
 VLLM_VENV ?= .venv-vllm
 VLLM = $(VLLM_VENV)/.installed
 
-.PHONY: demo test test-vllm lint types unit sanitize clean
+.PHONY: demo test test-gpu test-vllm lint types unit sanitize clean
 
 demo: $(STAMP)  ## install, fetch the demo model, quantize it, generate text
 	$(BIN)/anyfp4 demo
@@ -24,6 +24,9 @@ types: $(DEV)
 
 unit: $(DEV)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+test-gpu: $(DEV)  ## the tests that need a GPU, on one
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu --numprocesses auto --maxprocesses 12
 
 # one OpenMP thread: vLLM's small ops wait for each other's threads for milliseconds where the processors are busy
 test-vllm: $(VLLM)  ## install vLLM for CPUs, then test anyfp4 as its plugin
