@@ -73,6 +73,7 @@ class Schedule:
         resets: steps before which the prefix cache is emptied.
         threads: of the device's kernels; 0: as many as the process may use.
         cuda_graphs: run steps as CUDA graphs, where the device can.
+        async_scheduling: launch steps before the tokens of the step before them are read.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -84,6 +85,7 @@ class Schedule:
     resets: tuple[int, ...] = ()
     threads: int = 0
     cuda_graphs: bool = True
+    async_scheduling: bool = True
 
     def to_json(self) -> str:
         """One line of JSON that :func:`from_json` reads."""
@@ -220,6 +222,7 @@ class Plan:
             resets=(rng.randint(1, 30),) if rng.random() < 0.15 else (),
             threads=rng.choice(self.threads),
             cuda_graphs=rng.random() < 0.7,
+            async_scheduling=rng.random() < 0.7,
         )
 
     def _arrivals(self, rng: random.Random, requests: Sequence[Request]) -> tuple[Arrival, ...]:
