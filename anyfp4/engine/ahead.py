@@ -51,7 +51,9 @@ def can_fly(runner: ModelRunner, step: SequenceOf[Scheduled], after: Flight | No
         step: the items, of which each is to sample.
         after: the flight that brings each item's last token; None: all tokens are known.
     """
-    return (after is not None or all(item.samples for item in step)) and all(map(_plain, step)) and runner.one_tile(step)
+    return (
+        (after is not None or all(item.samples for item in step)) and all(map(_plain, step)) and runner.one_tile(step)
+    )
 
 
 def _plain(item: Scheduled) -> bool:
