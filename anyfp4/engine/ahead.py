@@ -1,14 +1,15 @@
 """Async scheduling: steps that are launched before the tokens of the step before them were read.
 
 Between two decode steps the host reads tokens, finds out who has ended, schedules, and prepares inputs. If the device
-had to wait for that, it would idle after each step. So while a step runs (a *flight*: launched, its tokens not read), the
-engine launches the next one, whose input tokens go from one step to the other on the device. What cannot be known yet
-is whether a token ends its sequence. If it does, its row in the step ahead was for nothing: it wrote one slot of a block
-that the sequence held when the step was launched. Whoever gets the block later writes it in a step that was launched
-later, and reads no slot before that.
+had to wait for that, it would idle after each step. So while a step runs (a *flight*: launched, its tokens not read),
+the engine launches the next one, whose input tokens go from one step to the other on the device.
 
-A step flies if choosing its tokens takes nothing but logits and sampling parameters. Bias, penalties, ``min_tokens`` and
-log-probabilities take the host's part in, and such steps run as if there was no async scheduling.
+What cannot be known yet is whether a token ends its sequence. If it does, its row in the step ahead was for nothing: it
+wrote one slot of a block that the sequence held when the step was launched, and that was not full, so nobody else holds
+or can find it. Whoever gets the block later writes its slots in a step that was launched later, before reading them.
+
+A step flies if choosing its tokens takes nothing but logits and sampling parameters. With bias, penalties,
+``min_tokens`` or log-probabilities the host has a part in it; such steps run as if there was no async scheduling.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class EngineConfig:
             0.9 of a GPU's, and all of a CPU's. A model that needs more is refused before it is loaded.
         enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
         cuda_graphs: launch steps of up to 512 tokens as CUDA graphs; None: where the device and the model's layers can.
-        async_scheduling: launch a step before the tokens of the one before it are read, so that the device does not wait
-            for the host; None: where steps run as CUDA graphs. True is allowed elsewhere, and gains nothing there.
+        async_scheduling: launch a step before the tokens of the one before it are read, so that the device does not
+            wait for the host; None: where steps run as CUDA graphs. True is allowed elsewhere, and gains nothing there.
     """
 
     max_model_len: int | None = None

@@ -1,8 +1,7 @@
 """The engine: queues requests, runs steps, finishes sequences.
 
-With async scheduling a step may be under way between two calls of ``step`` (see ``ahead``). It belongs to the next call,
-so callers see what they would see without it: a call brings the results of one step, and sequences change in a call
-alone.
+With async scheduling a step may be under way between two calls of ``step`` (see ``ahead``). It belongs to the next
+call, so callers see what they would see without it: a call brings the results of one step.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ class Scheduler:
         come, as far as there are free ones; nobody is preempted.
 
         Returns:
-            One token, which ``step`` is to choose, of each sequence that may have another after it; None: ``step`` is to
-            be committed first.
+            One token, which ``step`` is to choose, of each sequence that may have another after it; None: ``step`` is
+            to be committed first.
         """
         items: list[Scheduled] = []
         running = 0

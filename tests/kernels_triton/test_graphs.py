@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from anyfp4.engine.ahead import launch
 from anyfp4.engine.config import EngineConfig, SamplingParams
 from anyfp4.engine.engine import Engine
 from anyfp4.engine.graphs import Results, StepGraphs
+from anyfp4.engine.inputs import Feed
 from anyfp4.engine.model_runner import ModelRunner
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.engine.sequence import Sequence
@@ -125,6 +127,27 @@ def test_a_graph_is_fed_by_the_step_before(device: torch.device, captured: None)
     assert got == tokens
     for mine, theirs in zip(held, expected, strict=True):
         assert_same_bits(mine, theirs)
+
+
+def test_a_feed_is_taken_before_the_graph_overwrites_it(device: torch.device, captured: None) -> None:
+    """The most likely tokens lie where the graph itself leaves them."""
+    model = decoder("w4a4", device)
+    a, b = sequence([3], [4]), sequence([2], [6])
+    caches = kv_cache.allocate(model, 9, BLOCK_SIZE)
+    runner = ModelRunner(model, caches, BLOCK_SIZE, StepGraphs(model, caches, 2, 8, 3))
+    step = [Scheduled(a, 0, 1), Scheduled(b, 0, 1)]
+    best = runner.run(step).best
+    assert best is not None
+    best[0].copy_(torch.tensor([41, 17]))  # this model would always choose the same
+    fed = runner.run([Scheduled(b, 1, 1), Scheduled(a, 1, 1)], Feed(best[0], np.array([1, 0]))).hidden.clone()
+    a.tokens.append(41)
+    b.tokens.append(17)
+    known = runner.run([Scheduled(b, 1, 1), Scheduled(a, 1, 1)]).hidden.clone()
+    assert_same_bits(fed, known)
+    a.tokens[1] = 40
+    other = runner.run([Scheduled(b, 1, 1), Scheduled(a, 1, 1)]).hidden
+    assert_same_bits(other[0], known[0])
+    assert not torch.equal(other[1], known[1])  # tokens show at all
 
 
 def test_an_engine_with_graphs_and_async_scheduling(
