@@ -82,7 +82,7 @@ def gaps(proof: Proof, setting: Setting) -> list[str]:
     if not seen.preemptions:
         found.append("no sequence was preempted: nothing is shown about recomputation")
     if not seen.steps_ahead:
-        found.append("no step was launched ahead: nothing is shown about async scheduling")
+        found.append("no step was launched before tokens were read: nothing is shown about async scheduling")
     if not seen.aborted:
         found.append("no request was aborted beside others")
     if len({t.schedule.threads for t in proof.trials}) < 2:
@@ -103,7 +103,7 @@ def rows(proof: Proof, setting: Setting) -> list[tuple[str, list[Row]]]:
         ("finish reasons", f"{c.finish_reasons:,}"),
     ]
     happened = [
-        ("steps", f"{seen.steps:,}, {seen.steps_ahead:,} launched before the tokens of the step before were read"),
+        ("steps", f"{seen.steps:,}"),
         ("sequences in a step", _spread(seen.sequences)),
         ("tokens in a step", _spread(seen.tokens)),
         ("tokens of one sequence in a step", _spread(seen.chunks)),
@@ -132,6 +132,8 @@ def rows(proof: Proof, setting: Setting) -> list[tuple[str, list[Row]]]:
             f"{sum(not s.async_scheduling for s in schedules)} without",
         ),
     ]
+    if seen.steps_ahead:
+        happened.append(("steps launched before tokens were read", f"{seen.steps_ahead:,}"))
     if seen.graph_steps:
         happened.append(("steps that ran as CUDA graphs", f"{seen.graph_steps:,}"))
         without = sum(not s.cuda_graphs for s in schedules)
