@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--numerics", default="native", choices=("native", "blackwell"))
     parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--no-async-scheduling", action="store_true")
     parser.add_argument("--no-profile", action="store_true", help="leave the table of kernels out")
     parser.add_argument("--no-transformers", action="store_true", help="leave the comparison out")
     options = parser.parse_args()
@@ -68,6 +69,7 @@ def main() -> None:
     harness.report(
         "generate", rows, gpu=properties.name, cuda=torch.version.cuda, layers=options.layers, backend=options.backend,
         numerics=options.numerics, cuda_graphs=not options.no_cuda_graphs,
+        async_scheduling=not options.no_async_scheduling,
     )  # fmt: skip
 
 
@@ -93,6 +95,7 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
         EngineConfig(
             max_model_len=LONG + NEW, max_num_seqs=max(*batches, 16), max_step_tokens=8192,
             kv_cache_bytes=24 << 30, enable_prefix_caching=False, cuda_graphs=False if options.no_cuda_graphs else None,
+            async_scheduling=False if options.no_async_scheduling else None,
         ),
     )  # fmt: skip
     found: dict[str, Any] = {}

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from anyfp4.device import architecture
+from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.weights import LinearWeight, NVFP4Weight
 from anyfp4.ops import activation, attention, linear, norm, rope, sampling
 from anyfp4.ops.attention import AttentionBatch
+from anyfp4.ops.chosen import Chosen, Known
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,3 +242,12 @@ class Backend:
         """See :func:`anyfp4.ops.sampling.sample`; ``best`` is what :meth:`greedy` gave for these logits, if known."""
         del best
         return sampling.sample(logits, choices)
+
+    def choose(
+        self, logits: Tensor, choices: Sequence[sampling.Choice], best: tuple[Tensor, Tensor] | None = None
+    ) -> Chosen:
+        """What :meth:`sample` gives, to be read later; a GPU's host does not wait. Arguments as there."""
+        try:
+            return Known(self.sample(logits, choices, best), logits.device)
+        except InvalidArgumentError as error:
+            return Known([0] * len(choices), logits.device, error)

@@ -22,6 +22,7 @@ from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats.weights import FP8Weight, LinearWeight, NVFP4Weight
 from anyfp4.ops.attention import AttentionBatch
+from anyfp4.ops.chosen import Chosen
 from anyfp4.ops.linear import ACTIVATION_DTYPES
 from anyfp4.ops.sampling import Choice
 
@@ -178,6 +179,11 @@ class TritonBackend(Backend):
         """See :meth:`Backend.sample`."""
         tokens: list[int] = kernel("sampling").sample(logits, choices, best)
         return tokens
+
+    def choose(self, logits: Tensor, choices: Sequence[Choice], best: tuple[Tensor, Tensor] | None = None) -> Chosen:
+        """See :meth:`Backend.choose`."""
+        chosen: Chosen = kernel("sampling").choose(logits, choices, best)
+        return chosen
 
     def quantized_inputs(self, prepared: PreparedLinear) -> TritonNVFP4 | None:
         """How the input of a W4A4 layer is to be quantized for :meth:`quantized_linear`; None for other layers."""

@@ -119,6 +119,8 @@ class EngineConfig:
             0.9 of a GPU's, and all of a CPU's. A model that needs more is refused before it is loaded.
         enable_prefix_caching: keep the keys and values of full blocks, and reuse them where a prompt begins alike.
         cuda_graphs: launch steps of up to 512 tokens as CUDA graphs; None: where the device and the model's layers can.
+        async_scheduling: launch a step before the tokens of the one before it are read, so that the device does not
+            wait for the host; None: where steps run as CUDA graphs. True is allowed elsewhere, and gains nothing there.
     """
 
     max_model_len: int | None = None
@@ -129,6 +131,7 @@ class EngineConfig:
     memory_fraction: float | None = None
     enable_prefix_caching: bool = True
     cuda_graphs: bool | None = None
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_step_tokens", "block_size", "kv_cache_bytes"):

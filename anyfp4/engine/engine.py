@@ -1,4 +1,8 @@
-"""The engine: queues requests, runs steps, finishes sequences."""
+"""The engine: queues requests, runs steps, finishes sequences.
+
+With async scheduling a step may be under way between two calls of ``step`` (see ``ahead``). It belongs to the next
+call, so callers see what they would see without it: a call brings the results of one step.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +11,26 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from anyfp4.engine import kv_cache, sampler
+from anyfp4.engine.ahead import Flight, can_fly, launch
 from anyfp4.engine.config import EngineConfig, SamplingParams
 from anyfp4.engine.graphs import StepGraphs, why_no_graphs
-from anyfp4.engine.model_runner import Logits, ModelRunner
-from anyfp4.engine.outputs import FinishReason, TokenLogprobs
+from anyfp4.engine.model_runner import ModelRunner
+from anyfp4.engine.outputs import FinishReason
+from anyfp4.engine.results import Result, compute
 from anyfp4.engine.scheduler import Scheduled, Scheduler
 from anyfp4.engine.sequence import Sequence
 from anyfp4.engine.stats import EngineStats
 from anyfp4.errors import AnyFP4Error, InvalidArgumentError
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
-from anyfp4.ops import philox, sampling
+from anyfp4.ops import philox
 
 __all__ = ["Engine", "EngineStats"]
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Result:
-    """What a step found out about one sequence."""
-
-    item: Scheduled
-    prompt_logprobs: list[TokenLogprobs]
-    token: int | None = None
-    logprobs: TokenLogprobs | None = None
 
 
 class Engine:
@@ -66,7 +60,11 @@ class Engine:
         self.runner = ModelRunner(model, caches, config.block_size, self.graphs)
         vocab = model.config.vocab_size
         self.eos = frozenset(token for token in (*model.config.eos_token_ids, *eos) if 0 <= token < vocab)
-        self._prompt_tokens = self._generated_tokens = self._steps = self._finished = 0
+        wanted = config.async_scheduling
+        #: whether steps are launched before the tokens of the step before them are read
+        self.async_scheduling = self.graphs is not None if wanted is None else wanted
+        self._flight: Flight | None = None  # launched, its tokens not read
+        self._prompt_tokens = self._generated_tokens = self._steps = self._steps_ahead = self._finished = 0
         self._schedule_seconds = self._step_seconds = 0.0
 
     def _step_graphs(self, caches: SequenceOf[LayerCache]) -> StepGraphs | None:
@@ -188,6 +186,7 @@ class Engine:
             prefix_evicted_blocks=s.blocks.evictions,
             preemptions=s.preemptions,
             steps=self._steps,
+            steps_ahead=self._steps_ahead,
             finished=self._finished,
             schedule_seconds=self._schedule_seconds,
             step_seconds=self._step_seconds,
@@ -197,22 +196,66 @@ class Engine:
         """Runs one step; returns the sequences that got a new token or ended.
 
         A sequence that cannot be computed (its logits hold a NaN, memory runs out) ends with ``finish_reason``
-        ``error``; the others do not notice.
+        ``error``; the others do not notice. With async scheduling the next step may be under way on return.
         """
         started = time.perf_counter()
-        step = self.scheduler.schedule()
-        self._schedule_seconds += time.perf_counter() - started
-        if not step:
-            return []
+        flight, self._flight = self._flight, None
+        step: SequenceOf[Scheduled] = ()
+        if flight is None or flight.over:
+            flight, step = None, self.scheduler.schedule()
+            self._schedule_seconds += time.perf_counter() - started
+            if not step:
+                return []
+        self._steps_ahead += flight is not None
         with self.model.ops.quiet():
-            changed = self._run(step)
+            flight = flight or self._launch(step)
+            changed = self._run(step) if flight is None else self._land(flight)
         self._steps += 1
         self._step_seconds += time.perf_counter() - started
         return changed
 
+    def _launch(self, step: SequenceOf[Scheduled], after: Flight | None = None) -> Flight | None:
+        """Launches a step without waiting for its tokens; None if it has to run otherwise."""
+        if not (self.async_scheduling and can_fly(self.runner, step, after)):
+            return None
+        try:
+            return launch(self.runner, step, after)
+        except torch.AcceleratorError:  # the device is lost
+            raise
+        except Exception as error:  # it runs when the host knows all tokens; whoever fails then is found
+            _log.warning("a step of %d sequences could not be launched ahead: %s", len(step), error)
+            return None
+
+    def _launch_after(self, flight: Flight) -> Flight | None:
+        started = time.perf_counter()
+        step = self.scheduler.ahead(flight.step)
+        self._schedule_seconds += time.perf_counter() - started
+        return self._launch(step, flight) if step else None
+
+    def _land(self, flight: Flight) -> list[Sequence]:
+        """Launches the step after a flight, and then reads the flight's tokens."""
+        ahead = self._launch_after(flight)
+        rows = [i for i, item in enumerate(flight.step) if not item.sequence.finished]
+        try:
+            found = flight.chosen.get()
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            _log.debug("a step of %d sequences runs again: %s", len(rows), error)
+            found = None
+        unknown = [i for i in rows if found is not None and found[i] < 0]
+        for i in unknown:
+            flight.step[i].sequence.host_samples = True
+        if found is None or unknown:
+            # the step ahead is dropped: it changed nothing but slots that will be written again
+            return self._run([flight.step[i] for i in rows])
+        self._flight = ahead
+        results = [Result(flight.step[i], token=found[i]) for i in rows]
+        return [s for result in results if (s := self._apply(result)) is not None]
+
     def _run(self, step: SequenceOf[Scheduled]) -> list[Sequence]:
         try:
-            results = self._compute(step)
+            results = compute(self.runner, step, self.eos)
         except torch.AcceleratorError:  # the device is lost, not a request
             raise
         except Exception as error:  # whatever it is, requests that have no part in it go on
@@ -222,60 +265,7 @@ class Engine:
             return [s for item in step for s in self._run([item])]
         return [s for result in results if (s := self._apply(result)) is not None]
 
-    def _compute(self, step: SequenceOf[Scheduled]) -> list[_Result]:
-        """Runs the model and chooses tokens; changes no sequence."""
-        computed = self.runner.run(step)
-        results = [_Result(item, []) for item in step]
-        rows, owners = self._wanted_rows(results)
-        for tile in self.runner.logits(computed, rows):
-            self._choose(tile, [owners[row] for row in tile.rows])
-        return results
-
-    def _wanted_rows(self, results: SequenceOf[_Result]) -> tuple[list[int], dict[int, tuple[_Result, int]]]:
-        """Rows of the hidden states whose logits matter; for each, whose it is and the position it predicts."""
-        owners: dict[int, tuple[_Result, int]] = {}
-        offset = 0
-        for result in results:
-            item, s = result.item, result.item.sequence
-            end = item.start + item.count
-            if s.scores_prompt:
-                # after a preemption the prompt's rows may run again, but are scored already
-                first = max(item.start + 1, len(s.prompt_logprobs), 1)
-                for position in range(first, min(end + 1, s.prompt_length)):
-                    owners[offset + position - 1 - item.start] = (result, position)
-            if item.samples:
-                owners[offset + item.count - 1] = (result, end)
-            offset += item.count
-        return list(owners), owners
-
-    def _choose(self, tile: Logits, owners: SequenceOf[tuple[_Result, int]]) -> None:
-        """Log-probabilities and tokens from some rows of logits [len(owners), V], which are changed."""
-        logits, ops = tile.values, self.model.ops
-        scored = [i for i, owner in enumerate(owners) if _candidates(*owner) is not None]
-        logprobs = ops.log_softmax(_rows(logits, scored)) if scored else None
-        chosen = [i for i, (result, position) in enumerate(owners) if position >= result.item.sequence.prompt_length]
-        tokens = {i: result.item.sequence.tokens[position] for i, (result, position) in enumerate(owners)
-                  if position < result.item.sequence.prompt_length}  # fmt: skip
-        if chosen:
-            sequences = {i: owners[i][0].item.sequence for i in chosen}
-            adjusted = {i: s for i, s in sequences.items() if sampler.adjusts(s)}
-            sampler.adjust(logits, adjusted, self.eos)
-            best = tile.best if not adjusted and len(chosen) == len(owners) else None
-            choices = [sampler.choice(s) for s in sequences.values()]
-            tokens.update(zip(chosen, ops.sample(_rows(logits, chosen), choices, best), strict=True))
-        found: dict[int, TokenLogprobs] = {}
-        if logprobs is not None:
-            most = max(_candidates(*owners[i]) or 0 for i in scored)
-            ranked = sampling.rank(logprobs, [tokens[i] for i in scored], most)
-            for i, row in zip(scored, ranked, strict=True):
-                found[i] = sampler.token_logprobs(row, tokens[i], _candidates(*owners[i]) or 0)
-        for i, (result, position) in enumerate(owners):
-            if position < result.item.sequence.prompt_length:
-                result.prompt_logprobs.append(found[i])
-            else:
-                result.token, result.logprobs = tokens[i], found.get(i)
-
-    def _apply(self, result: _Result) -> Sequence | None:
+    def _apply(self, result: Result) -> Sequence | None:
         """Notes what a step found out; the sequence if it got a token or ended."""
         item, s = result.item, result.item.sequence
         self.scheduler.commit(item)
@@ -320,14 +310,5 @@ class Engine:
             s.finish_reason, s.stop_reason = reason, stop_reason
             self.scheduler.finish(s)
             self._finished += 1
-
-
-def _rows(logits: Tensor, rows: SequenceOf[int]) -> Tensor:
-    """Some rows of ``logits``: itself if these are all."""
-    return logits if len(rows) == logits.shape[0] else logits[torch.tensor(rows, device=logits.device)]
-
-
-def _candidates(result: _Result, position: int) -> int | None:
-    """How many most likely tokens are wanted at a position; None: no log-probabilities at all."""
-    s = result.item.sequence
-    return s.params.prompt_logprobs if position < s.prompt_length else s.params.logprobs
+            if not self.scheduler.has_work:
+                self._flight = None  # nobody waits for it

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from anyfp4.engine.inputs import StepInputs
+from anyfp4.engine.inputs import Feed, StepInputs
 
 _Array = TypeVar("_Array", Tensor, npt.NDArray[Any])
 
@@ -23,6 +23,7 @@ class Places(Generic[_Array]):
         tokens: int64 [T].
         positions: int64 [T].
         slots: int64 [T].
+        source: int64 [T], which token of the step before each token is, where the host does not know it.
         last: int64 [S], the last token of each sequence.
         query_start: int32 [S + 1].
         context_len: int32 [S].
@@ -32,6 +33,7 @@ class Places(Generic[_Array]):
     tokens: _Array
     positions: _Array
     slots: _Array
+    source: _Array
     last: _Array
     query_start: _Array
     context_len: _Array
@@ -44,8 +46,8 @@ class GraphInputs:
     def __init__(self, tokens: int, sequences: int, blocks: int, device: torch.device) -> None:
         """Allocates for so many tokens, sequences, and blocks of a sequence."""
         cuda = device.type == "cuda"
-        counts = [tokens, tokens, tokens, sequences, sequences + 1, sequences, sequences * blocks]
-        types = [np.dtype(np.int64)] * 4 + [np.dtype(np.int32)] * 3
+        counts = [tokens, tokens, tokens, tokens, sequences, sequences + 1, sequences, sequences * blocks]
+        types = [np.dtype(np.int64)] * 5 + [np.dtype(np.int32)] * 3
         # each begins at a multiple of 16 bytes, as kernels may expect of their arguments
         sizes = [-(-count * kind.itemsize // 16) * 16 for count, kind in zip(counts, types, strict=True)]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -69,11 +71,18 @@ class GraphInputs:
         self.on_device = Places(*parts)
         self._turn = 0
 
-    def fill(self, inputs: StepInputs | None, tokens: int, sequences: int) -> None:
+    def fill(self, inputs: StepInputs | None, tokens: int, sequences: int, feed: Feed | None = None) -> None:
         """Puts a step in place, padded to so many tokens and sequences; None: nothing but padding.
 
         A sequence that pads has no keys, its tokens no slots. In a step of as many tokens as sequences each has one;
         otherwise the tokens that pad belong to the last sequence.
+
+        Args:
+            inputs: the step.
+            tokens: in all.
+            sequences: in all.
+            feed: where the step's tokens come from, if the host does not know them. They are taken before whatever is
+                launched next.
         """
         self._turn ^= 1
         memory, to, copied = self._hosts[self._turn]
@@ -86,6 +95,8 @@ class GraphInputs:
             to.query_start[: used + 1], to.context_len[:used] = inputs.query_start, inputs.context_len
             to.last[:used] = inputs.query_start[1:] - 1
             to.block_table[:used, : inputs.block_table.shape[1]] = inputs.block_table
+        if feed is not None:
+            to.source[:count] = feed.rows
         to.tokens[count:tokens] = to.positions[count:tokens] = 0
         to.slots[count:tokens] = -1
         to.last[used:sequences] = to.context_len[used:sequences] = 0
@@ -98,3 +109,6 @@ class GraphInputs:
         self._memory[:end].copy_(memory[:end], non_blocking=True)
         if copied is not None:
             copied.record()
+        if feed is not None:
+            here = self.on_device
+            torch.index_select(feed.tokens, 0, here.source[:count], out=here.tokens[:count])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from anyfp4.engine.graph_inputs import GraphInputs
-from anyfp4.engine.inputs import StepInputs
+from anyfp4.engine.inputs import Feed, StepInputs
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
 from anyfp4.ops.attention import AttentionBatch
@@ -140,15 +140,25 @@ class StepGraphs:
 
     def shape_of(self, inputs: StepInputs) -> Shape | None:
         """The smallest graph that a step fits; None if it fits none."""
-        tokens, sequences = len(inputs.tokens), inputs.sequences
+        return self.smallest(len(inputs.tokens), inputs.sequences)
+
+    def smallest(self, tokens: int, sequences: int) -> Shape | None:
+        """:meth:`shape_of` a step of so many tokens and sequences."""
         if tokens == sequences:
             return next((shape for shape in self.decode if shape.tokens >= tokens), None)
         return next((shape for shape in self.mixed if shape.tokens >= tokens and shape.sequences > sequences), None)
 
-    def run(self, inputs: StepInputs, shape: Shape) -> Results:
-        """Runs a step as the graph of a shape that it fits."""
+    def run(self, inputs: StepInputs, shape: Shape, feed: Feed | None = None) -> Results:
+        """Runs a step as the graph of a shape that it fits.
+
+        Args:
+            inputs: the step.
+            shape: that it fits.
+            feed: its tokens, if the host does not know them. They may be part of the results of the step before: they
+                are taken before the graph overwrites them.
+        """
         graph, results = self._graph(shape)
-        self.inputs.fill(inputs, shape.tokens, shape.sequences)
+        self.inputs.fill(inputs, shape.tokens, shape.sequences, feed)
         graph.replay()
         return results.first(len(inputs.tokens), inputs.sequences)
 

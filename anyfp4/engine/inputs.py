@@ -55,8 +55,21 @@ class StepInputs:
         return move(self.tokens), move(self.positions), batch
 
 
+@dataclass(frozen=True)
+class Feed:
+    """The tokens of a step, where the step before has chosen them and the host does not know them.
+
+    Attributes:
+        tokens: int64 [R] on the device, of the step before.
+        rows: int64 [T], which of them each token of this step is.
+    """
+
+    tokens: Tensor
+    rows: npt.NDArray[np.int64]
+
+
 def gather(step: SequenceOf[Scheduled], block_size: int) -> StepInputs:
-    """The inputs of a step over a cache with blocks of ``block_size`` tokens."""
+    """The inputs of a step over a cache with blocks of ``block_size`` tokens; tokens that are not known yet are 0."""
     counts = np.array([item.count for item in step], dtype=np.int64)
     first = np.array([item.start for item in step], dtype=np.int64)
     starts = np.zeros(len(step) + 1, dtype=np.int64)
@@ -69,7 +82,9 @@ def gather(step: SequenceOf[Scheduled], block_size: int) -> StepInputs:
     for row, item in zip(table, step, strict=True):
         blocks = item.sequence.blocks
         row[: len(blocks)] = np.frombuffer(blocks, dtype=np.int32)
-        tokens += item.sequence.tokens[item.start : item.start + item.count]
+        known = item.sequence.tokens[item.start : item.start + item.count]
+        tokens += known
+        tokens += [0] * (item.count - len(known))
     slots = table[owner, positions // block_size] * np.int64(block_size) + positions % block_size
     return StepInputs(
         tokens=np.array(tokens, dtype=np.int64),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anyfp4.engine.graphs import StepGraphs
-from anyfp4.engine.inputs import StepInputs, gather
+from anyfp4.engine.inputs import Feed, StepInputs, gather
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.layers.attention import LayerCache
 from anyfp4.models.decoder import Decoder
@@ -64,15 +64,22 @@ class ModelRunner:
     ) -> None:
         self.model, self.caches, self.block_size, self.graphs = model, caches, block_size, graphs
 
-    def run(self, step: SequenceOf[Scheduled]) -> Computed:
-        """Runs all tokens of a step."""
+    def run(self, step: SequenceOf[Scheduled], feed: Feed | None = None) -> Computed:
+        """Runs all tokens of a step.
+
+        Args:
+            step: what to run.
+            feed: its tokens, where the host does not know them yet.
+        """
         inputs = self.inputs(step)
         shape = None if self.graphs is None else self.graphs.shape_of(inputs)
         if self.graphs is not None and shape is not None:
-            results = self.graphs.run(inputs, shape)
+            results = self.graphs.run(inputs, shape, feed)
             last = (inputs.query_start[1:] - 1).tolist()
             return Computed(results.hidden, last, results.logits, results.best)
         tokens, positions, batch = inputs.on(self.model.device)
+        if feed is not None:
+            tokens = feed.tokens.index_select(0, torch.from_numpy(feed.rows).to(self.model.device))
         return Computed(self.model.forward(tokens, positions, self.caches, batch))
 
     def padding_sizes(self, most: int) -> list[int]:
@@ -94,6 +101,12 @@ class ModelRunner:
     def inputs(self, step: SequenceOf[Scheduled]) -> StepInputs:
         """A step's tokens, their positions, and which belongs to which sequence."""
         return gather(step, self.block_size)
+
+    def one_tile(self, step: SequenceOf[Scheduled]) -> bool:
+        """Whether :meth:`logits` gives those of each sequence's last row at once."""
+        if len(step) <= LOGITS_TILE:
+            return True
+        return self.graphs is not None and self.graphs.smallest(sum(item.count for item in step), len(step)) is not None
 
     def logits(self, computed: Computed, rows: SequenceOf[int]) -> Iterator[Logits]:
         """The logits of some rows of a step, some at a time."""

@@ -16,8 +16,8 @@ from anyfp4.errors import InvalidArgumentError
 from anyfp4.ops.sampling import Choice, Ranked
 
 
-def choice(sequence: Sequence) -> Choice:
-    """How the sequence's next token is chosen; its random number depends on seed and position alone."""
+def choice(sequence: Sequence, position: int) -> Choice:
+    """How the sequence's token at a position is chosen; its random number depends on seed and position alone."""
     p = sequence.params
     return Choice(
         temperature=p.temperature,
@@ -25,14 +25,14 @@ def choice(sequence: Sequence) -> Choice:
         top_p=p.top_p,
         min_p=p.min_p,
         seed=sequence.seed,
-        position=len(sequence.tokens),
+        position=position,
     )
 
 
-def adjusts(sequence: Sequence) -> bool:
-    """Whether :func:`adjust` would change a row."""
+def adjusts(sequence: Sequence, position: int) -> bool:
+    """Whether :func:`adjust` would change the row of the token at a position."""
     p = sequence.params
-    return bool(p.logit_bias) or has_penalty(sequence) or len(sequence.tokens) - sequence.prompt_length < p.min_tokens
+    return bool(p.logit_bias) or has_penalty(sequence) or position - sequence.prompt_length < p.min_tokens
 
 
 def has_penalty(sequence: Sequence) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice
 
@@ -60,6 +61,8 @@ class Scheduler:
         #: first completion of a prompt -> the others, which wait until they can share its blocks
         self.followers: dict[Sequence, dict[Sequence, None]] = {}
         self._leader_of: dict[Sequence, Sequence] = {}
+        #: waited at the head of the queue for blocks, of which none was released since then
+        self._blocked: Sequence | None = None
         self.preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -126,11 +129,46 @@ class Scheduler:
         while budget and self.waiting and len(self.running) < self.max_num_seqs:
             sequence = next(iter(self.waiting))
             if not self._join(sequence):
+                self._blocked = sequence
                 break
             count = min(budget, len(sequence.tokens) - sequence.computed)
             step.append(Scheduled(sequence, sequence.computed, count))
             budget -= count
         return step
+
+    def ahead(self, step: SequenceOf[Scheduled]) -> list[Scheduled] | None:
+        """The step after ``step``, which still runs, where that is certain without knowing its tokens.
+
+        So it is where all that run decode, and nobody could join. Gives them blocks for the tokens that are still to
+        come, as far as there are free ones; nobody is preempted.
+
+        Returns:
+            One token, which ``step`` is to choose, of each sequence that may have another after it; None: ``step`` is
+            to be committed first.
+        """
+        items: list[Scheduled] = []
+        running = 0
+        for item in step:
+            s = item.sequence
+            if s not in self.running:  # ended since ``step`` was launched
+                continue
+            running += 1
+            if not item.samples or s in self.followers:  # whom ``commit`` may release
+                return None
+            if len(s.tokens) + 1 < s.max_length:
+                items.append(Scheduled(s, len(s.tokens), 1))
+        if not items or running < len(self.running) or self._could_join(len(items), leaving=running - len(items)):
+            return None
+        return items if all(self._extend(item.sequence, item.start + 1) for item in items) else None
+
+    def _could_join(self, tokens: int, leaving: int) -> bool:
+        """Whether a waiting sequence might join a step of so many tokens, before which ``leaving`` sequences end."""
+        if not self.waiting:
+            return False
+        if leaving:
+            return True
+        place = len(self.running) < self.max_num_seqs and tokens < self.max_step_tokens
+        return place and next(iter(self.waiting)) is not self._blocked
 
     def commit(self, item: Scheduled) -> None:
         """Notes that a step has run: its full blocks can be found from now on."""
@@ -188,17 +226,22 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Gives a running sequence room for its last token, at the cost of the youngest; False if that is itself."""
-        if len(sequence.blocks) * self.block_size >= len(sequence.tokens):
-            return True
-        while True:
-            fresh = self.blocks.take((), 1)
-            if fresh is not None:
-                sequence.blocks.extend(fresh)
-                return True
+        while not self._extend(sequence, len(sequence.tokens)):
             victim = next(reversed(self.running))
             self._preempt(victim)
             if victim is sequence:
                 return False
+        return True
+
+    def _extend(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives a running sequence room for so many tokens, one more than it has at most; False: no block is free."""
+        if len(sequence.blocks) * self.block_size >= tokens:
+            return True
+        fresh = self.blocks.take((), 1)
+        if fresh is None:
+            return False
+        sequence.blocks.extend(fresh)
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         del self.running[sequence]
@@ -208,7 +251,9 @@ class Scheduler:
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.blocks)
+        if sequence.blocks:
+            self.blocks.release(sequence.blocks)
+            self._blocked = None
         sequence.blocks = array("i")
         sequence.computed = sequence.published = 0
 

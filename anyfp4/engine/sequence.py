@@ -27,6 +27,8 @@ class Sequence:
         digests: of the full blocks, as far as they were needed (see ``block_manager``).
         published: leading blocks that were offered to the prefix cache, or came from it.
         cached_tokens: tokens found in the prefix cache when it first ran; None before that.
+        host_samples: whether the device could not choose one of its tokens (too many candidates), so that its steps
+            wait for the host from then on.
         counts: how often each token was generated, where a penalty asks for it.
         logprobs: of each generated token, if asked for.
         prompt_logprobs: of each prompt token (None for the first), if asked for.
@@ -48,6 +50,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     published: int = 0
     cached_tokens: int | None = None
+    host_samples: bool = False
     counts: dict[int, int] = field(default_factory=dict)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

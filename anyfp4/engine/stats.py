@@ -22,6 +22,7 @@ class EngineStats:
         prefix_evicted_blocks: blocks of a reusable prefix that were overwritten because no other was free.
         preemptions: times that a sequence lost its blocks to an older one.
         steps: steps run.
+        steps_ahead: those of them that were launched before the tokens of the step before were read.
         finished: sequences ended, for whatever reason.
         schedule_seconds: spent on choosing the steps' work.
         step_seconds: spent on steps in all, scheduling included.
@@ -39,6 +40,7 @@ class EngineStats:
     prefix_evicted_blocks: int
     preemptions: int
     steps: int
+    steps_ahead: int
     finished: int
     schedule_seconds: float
     step_seconds: float

@@ -364,6 +364,14 @@ def serve(
             help="Launch steps of up to 512 tokens as CUDA graphs.  [default: where the device and the model can]",
         ),
     ] = None,
+    async_scheduling: Annotated[
+        bool | None,
+        typer.Option(
+            "--async-scheduling/--no-async-scheduling",
+            help="Launch a step before the tokens of the one before it are read.  "
+            "[default: where steps run as CUDA graphs]",
+        ),
+    ] = None,
     revision: RevisionOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page. SIGTERM finishes what runs and exits with 0."""
@@ -385,6 +393,7 @@ def serve(
             memory_fraction=memory_fraction,
             prefix_caching=prefix_caching,
             cuda_graphs=cuda_graphs,
+            async_scheduling=async_scheduling,
             host=host,
             port=port,
             served_model_name=served_model_name,

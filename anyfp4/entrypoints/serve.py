@@ -35,6 +35,7 @@ class Options:
     memory_fraction: float | None
     prefix_caching: bool
     cuda_graphs: bool | None
+    async_scheduling: bool | None
     host: str
     port: int
     served_model_name: str | None
@@ -62,6 +63,7 @@ class Options:
             memory_fraction=self.memory_fraction,
             enable_prefix_caching=self.prefix_caching,
             cuda_graphs=self.cuda_graphs,
+            async_scheduling=self.async_scheduling,
         )
 
     def _step_tokens(self) -> int:

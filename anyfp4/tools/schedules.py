@@ -73,6 +73,7 @@ class Schedule:
         resets: steps before which the prefix cache is emptied.
         threads: of the device's kernels; 0: as many as the process may use.
         cuda_graphs: run steps as CUDA graphs, where the device can.
+        async_scheduling: launch steps before the tokens of the step before them are read.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -84,6 +85,7 @@ class Schedule:
     resets: tuple[int, ...] = ()
     threads: int = 0
     cuda_graphs: bool = True
+    async_scheduling: bool = True
 
     def to_json(self) -> str:
         """One line of JSON that :func:`from_json` reads."""
@@ -210,7 +212,7 @@ class Plan:
         ]
         requests = [self.request(i) for i in numbers]
         block_size = rng.choice((1, 3, 8) if tight else (1, 3, 8, 16, 32))
-        return Schedule(
+        schedule = Schedule(
             self._arrivals(rng, requests),
             max_num_seqs=rng.choice((5, 64, 64, 64) if tight else (1, 2, 5, 64, 64, 64)),
             max_step_tokens=rng.choice((5, 16, 33, 64, 200, 2048)),
@@ -220,7 +222,13 @@ class Plan:
             resets=(rng.randint(1, 30),) if rng.random() < 0.15 else (),
             threads=rng.choice(self.threads),
             cuda_graphs=rng.random() < 0.7,
+            async_scheduling=rng.random() < 0.7,
         )
+        if schedule.async_scheduling and rng.random() < 0.35:
+            # a step is only launched ahead if no request of it needs the host, so here none does
+            arrivals = tuple(replace(a, request=_device_alone(a.request)) for a in schedule.arrivals)
+            return replace(schedule, arrivals=arrivals)
+        return schedule
 
     def _arrivals(self, rng: random.Random, requests: Sequence[Request]) -> tuple[Arrival, ...]:
         pattern = rng.choice(("together", "together", "spread", "waves"))
@@ -234,6 +242,22 @@ class Plan:
         if None not in aborts:  # a schedule of nothing but aborts would compare next to nothing
             aborts[0] = None
         return tuple(Arrival(r, at, a) for r, at, a in zip(requests, steps, aborts, strict=True))
+
+
+def _device_alone(request: Request) -> Request:
+    """The request without what needs the host to choose a token or to read log-probabilities."""
+    return replace(
+        request,
+        params=replace(
+            request.params,
+            logprobs=None,
+            min_tokens=0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            logit_bias=None,
+        ),
+    )
 
 
 def _small_cache(rng: random.Random, requests: Sequence[Request], block_size: int) -> int:

@@ -81,6 +81,8 @@ def gaps(proof: Proof, setting: Setting) -> list[str]:
         found.append("no prefix-cache hit happened: nothing is shown about the prefix cache")
     if not seen.preemptions:
         found.append("no sequence was preempted: nothing is shown about recomputation")
+    if not seen.steps_ahead:
+        found.append("no step was launched before tokens were read: nothing is shown about async scheduling")
     if not seen.aborted:
         found.append("no request was aborted beside others")
     if len({t.schedule.threads for t in proof.trials}) < 2:
@@ -124,7 +126,14 @@ def rows(proof: Proof, setting: Setting) -> list[tuple[str, list[Row]]]:
             f"emptied meanwhile in {sum(bool(s.resets) for s in schedules)}",
         ),
         ("threads", _values(s.threads for s in schedules)),
+        (
+            "async scheduling",
+            f"{sum(s.async_scheduling for s in schedules)} schedules with, "
+            f"{sum(not s.async_scheduling for s in schedules)} without",
+        ),
     ]
+    if seen.steps_ahead:
+        happened.append(("steps launched before tokens were read", f"{seen.steps_ahead:,}"))
     if seen.graph_steps:
         happened.append(("steps that ran as CUDA graphs", f"{seen.graph_steps:,}"))
         without = sum(not s.cuda_graphs for s in schedules)
@@ -203,7 +212,8 @@ def schedule_lines(schedule: Schedule) -> list[str]:
     lines = [
         f"engine: max_step_tokens {s.max_step_tokens}, max_num_seqs {s.max_num_seqs}, block_size {s.block_size}, "
         f"{cache}, prefix cache {'on' if s.prefix_caching else 'off'}, threads {s.threads or 'default'}, "
-        f"CUDA graphs {'where possible' if s.cuda_graphs else 'off'}"
+        f"CUDA graphs {'where possible' if s.cuda_graphs else 'off'}, "
+        f"async scheduling {'on' if s.async_scheduling else 'off'}"
     ]
     if s.resets:
         lines.append(f"prefix cache emptied before step {', '.join(map(str, s.resets))}")

@@ -79,6 +79,7 @@ class Seen:
         preemptions: sequences that lost their blocks and were computed again.
         aborted: requests that were aborted before they ended.
         graph_steps: steps that ran as CUDA graphs.
+        steps_ahead: steps that were launched before the tokens of the step before them were read.
     """
 
     steps: int = 0
@@ -91,6 +92,7 @@ class Seen:
     preemptions: int = 0
     aborted: int = 0
     graph_steps: int = 0
+    steps_ahead: int = 0
 
     def add(self, other: Seen) -> None:
         """Adds what another run did."""
@@ -104,6 +106,7 @@ class Seen:
         self.preemptions += other.preemptions
         self.aborted += other.aborted
         self.graph_steps += other.graph_steps
+        self.steps_ahead += other.steps_ahead
 
 
 def default_threads() -> int:
@@ -174,7 +177,7 @@ def run_schedule(model: Decoder, eos: Iterable[int], schedule: Schedule, max_len
             raise AnyFP4Error(f"the engine is stuck: no new token in {_STUCK} steps; schedule: {schedule.to_json()}")
         step += 1
     stats = engine.stats()
-    seen.steps = stats.steps
+    seen.steps, seen.steps_ahead = stats.steps, stats.steps_ahead
     seen.prefix_hit_tokens, seen.prefix_query_tokens = stats.prefix_hit_tokens, stats.prefix_query_tokens
     seen.preemptions = stats.preemptions
     return [Outcome.of(results[i]) for i in range(len(schedule.arrivals))], seen
@@ -199,6 +202,7 @@ def _config(model: Decoder, schedule: Schedule, max_length: int) -> EngineConfig
         kv_cache_bytes=size,
         enable_prefix_caching=schedule.prefix_caching,
         cuda_graphs=None if schedule.cuda_graphs else False,
+        async_scheduling=schedule.async_scheduling,
     )
 
 

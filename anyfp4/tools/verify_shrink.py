@@ -81,6 +81,7 @@ def _plainer_engine(s: Schedule) -> Iterator[Schedule]:
         replace(s, prefix_caching=False),
         replace(s, threads=1),
         replace(s, cuda_graphs=False),
+        replace(s, async_scheduling=False),
         replace(s, max_num_seqs=64),
         replace(s, max_step_tokens=2048),
         replace(s, block_size=16, cache_blocks=None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from anyfp4.engine import kv_cache
 from anyfp4.engine.config import EngineConfig, SamplingParams
@@ -100,7 +100,9 @@ def make_schedule(seed: int, cases: SequenceOf[Case], block_bytes: int, most_req
         arrivals.setdefault(rng.randint(0, spread), []).append(i)
     aborts = {rng.randint(1, 30): 1 for _ in range(rng.choice([0, 0, 1, 3]))}
     resets = frozenset(rng.randint(1, 30) for _ in range(rng.choice([0, 0, 2])))
-    return Schedule(seed, config, arrivals, aborts, resets, rng.choice([1, 2]))
+    threads = rng.choice([1, 2])
+    config = replace(config, async_scheduling=rng.random() < 0.5)
+    return Schedule(seed, config, arrivals, aborts, resets, threads)
 
 
 def run(decoder: Decoder, cases: SequenceOf[Case], schedule: Schedule) -> tuple[Engine, list[tuple[int, Sequence]]]:

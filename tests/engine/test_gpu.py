@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,22 @@ def requests(vocab: int) -> list[tuple[list[int], SamplingParams]]:
     return found
 
 
-def run(model: Decoder, wanted: list[tuple[list[int], SamplingParams]], **options: object) -> list[Sequence]:
+def plain(wanted: list[tuple[list[int], SamplingParams]]) -> list[tuple[list[int], SamplingParams]]:
+    """Requests whose steps need nothing of the host."""
+    nothing = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": None,
+               "logprobs": None}  # fmt: skip
+    return [(tokens, replace(params, **nothing)) for tokens, params in wanted]
+
+
+def run(
+    model: Decoder, wanted: list[tuple[list[int], SamplingParams]], flies: bool | None = None, **options: object
+) -> list[Sequence]:
     engine = Engine(model, EngineConfig(kv_cache_bytes=64 << 20, **options))  # type: ignore[arg-type]
     sequences = [s for i, (tokens, params) in enumerate(wanted) for s in engine.add(str(i), tokens, params)]
     while engine.has_work:
         engine.step()
     assert [s.error for s in sequences] == [None] * len(sequences)
+    assert flies is None or (engine.stats().steps_ahead > 10) == flies
     return sequences
 
 
@@ -56,15 +67,23 @@ def outcome(s: Sequence) -> object:
     return s.tokens, s.logprobs, s.prompt_logprobs, s.finish_reason
 
 
-def test_graphs_and_batches_change_nothing(gpu_decoder: Decoder) -> None:
+@pytest.mark.parametrize("kind", ["any", "plain"])
+def test_graphs_batches_and_async_scheduling_change_nothing(gpu_decoder: Decoder, kind: str) -> None:
     wanted = requests(gpu_decoder.config.vocab_size)
-    alone = [outcome(run(gpu_decoder, [request], cuda_graphs=False)[0]) for request in wanted]
+    wanted = plain(wanted) if kind == "plain" else wanted
+    alone = [
+        outcome(run(gpu_decoder, [request], cuda_graphs=False, async_scheduling=False)[0]) for request in wanted
+    ]  # fmt: skip
     for options in (
         {"cuda_graphs": True, "max_num_seqs": 70},
+        {"cuda_graphs": True, "max_num_seqs": 70, "async_scheduling": False},
         {"cuda_graphs": True, "max_num_seqs": 5, "max_step_tokens": 16, "block_size": 3},
+        {"cuda_graphs": True, "max_num_seqs": 5, "max_step_tokens": 16, "block_size": 3, "async_scheduling": False},
         {"cuda_graphs": False, "max_num_seqs": 33},
+        {"cuda_graphs": False, "max_num_seqs": 33, "async_scheduling": True},
     ):
-        got = [outcome(s) for s in run(gpu_decoder, wanted, **options)]
+        flies = options.get("async_scheduling", options["cuda_graphs"]) if kind == "plain" else None
+        got = [outcome(s) for s in run(gpu_decoder, wanted, flies, **options)]
         different = [i for i, (a, b) in enumerate(zip(alone, got, strict=True)) if a != b]
         assert not different, (options, different)
 
@@ -83,17 +102,41 @@ def test_warming_up_captures_everything_and_changes_nothing(gpu_decoder: Decoder
     assert [outcome(s) for s in sequences] == expected
 
 
-def test_decode_steps_run_as_graphs_and_copy_only_tokens(gpu_decoder: Decoder) -> None:
-    engine = Engine(gpu_decoder, EngineConfig(kv_cache_bytes=64 << 20))
-    assert engine.graphs is not None
+@pytest.mark.parametrize("ahead", [False, True])
+def test_decode_steps_run_as_graphs_and_copy_only_tokens(gpu_decoder: Decoder, ahead: bool) -> None:
+    engine = Engine(gpu_decoder, EngineConfig(kv_cache_bytes=64 << 20, async_scheduling=None if ahead else False))
+    assert engine.graphs is not None and engine.async_scheduling == ahead
     for i in range(3):
         engine.add(str(i), [1, 2, 3], SamplingParams(temperature=i / 2, seed=1, max_tokens=20, ignore_eos=True))
     for _ in range(3):
         engine.step()
     assert {shape.tokens for shape in engine.graphs._captured} == {4, 16}
-    # any copy to the host but the one of the tokens would wait for the device
+    torch.cuda.synchronize()
+    steps, before = 6, engine.stats()
+    # each call launches one step and reads one: any other copy to the host would be one too many
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        engine.step()
+        for _ in range(steps):
+            engine.step()
         torch.cuda.synchronize()
     copies = [e for e in trace.events() if "DtoH" in e.name]
-    assert len(copies) == 1, [e.name for e in trace.events()]
+    assert len(copies) == steps, [e.name for e in trace.events()]
+    # an operation that waits for the device raises, so that a step could not be launched ahead
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    after = engine.stats()
+    assert after.steps_ahead - before.steps_ahead == (2 * steps if ahead else 0)
+    assert after.generated_tokens - before.generated_tokens == 2 * steps * 3
+
+
+def test_rows_that_the_gpu_cannot_choose(gpu_decoder: Decoder) -> None:
+    """More candidates than the kernels look at: the host chooses, and the others do not notice."""
+    common = {"seed": 3, "max_tokens": 20, "ignore_eos": True}
+    wanted = [([1, 2, 3], SamplingParams(**common)), ([4, 5], SamplingParams(**common, top_k=2000))]
+    alone = [outcome(run(gpu_decoder, [request], async_scheduling=False)[0]) for request in wanted]
+    together = run(gpu_decoder, wanted)
+    assert [outcome(s) for s in together] == alone
+    assert [s.host_samples for s in together] == [False, True]

@@ -1,7 +1,8 @@
 """Thousands of random schedules: every request is bitwise what it is alone. And the comparison can fail.
 
 What varies: who comes when and in what order, what else is in the batch, chunk and block sizes, the size of the cache
-(down to what forces preemption), prefix caching and resets of it, aborts, threads, every sampling parameter.
+(down to what forces preemption), prefix caching and resets of it, aborts, threads, async scheduling, every sampling
+parameter.
 """
 
 from __future__ import annotations
@@ -71,14 +72,15 @@ def test_every_request_is_what_it_is_alone(decoder: Decoder, pool: Pool, first: 
 
 def test_the_schedules_preempt_share_and_mix(decoder: Decoder, pool: Pool) -> None:
     """What the test above relies on happens indeed."""
-    preemptions = hits = aborted = 0
+    preemptions = hits = aborted = ahead = 0
     for seed in range(60):
         schedule = schedules.make_schedule(seed, pool[0], kv_cache.block_bytes(decoder, 1))
         engine, sequences = schedules.run(decoder, pool[0], schedule)
         stats = engine.stats()
         preemptions, hits = preemptions + stats.preemptions, hits + stats.prefix_hit_tokens
+        ahead += stats.steps_ahead
         aborted += sum(s.finish_reason == "abort" for _, s in sequences)
-    assert preemptions > 20 and hits > 200 and aborted > 5
+    assert preemptions > 20 and hits > 200 and aborted > 5 and ahead > 20
 
 
 Base: Any = type(registry.select(torch.device("cpu")))
@@ -145,14 +147,14 @@ def test_a_wrong_bit_in_a_prefix_hit_is_caught(
     run = ModelRunner.run
     spoilt: set[int] = set()
 
-    def spoiling(self: ModelRunner, step: Any) -> Tensor:
+    def spoiling(self: ModelRunner, step: Any, *feed: Any) -> Any:
         for item in step:
             s = item.sequence
             if item.start and item.start == s.cached_tokens and id(s) not in spoilt:
                 spoilt.add(id(s))
                 cache = self.caches[0].k
                 cache[s.blocks[0]] = last_bit(cache[s.blocks[0]])
-        return run(self, step)
+        return run(self, step, *feed)
 
     assert first_fault(decoder, small_pool) == ""
     monkeypatch.setattr(ModelRunner, "run", spoiling)

@@ -147,6 +147,7 @@ def options(**change: object) -> serve.Options:
         "memory_fraction": None,
         "prefix_caching": True,
         "cuda_graphs": None,
+        "async_scheduling": None,
         "host": "127.0.0.1",
         "port": 0,
         "served_model_name": None,
@@ -172,6 +173,7 @@ def test_options_reach_both_configurations() -> None:
     engine, server = given.engine(), given.server()
     assert engine.memory_fraction == 0.7 and engine.cuda_graphs is None
     assert options(cuda_graphs=False).engine().cuda_graphs is False
+    assert [options(async_scheduling=on).engine().async_scheduling for on in (None, True, False)] == [None, True, False]
     assert [options(device="cpu", max_step_tokens=n).engine().max_step_tokens for n in (None, 7)] == [512, 7]
     with pytest.raises(InvalidArgumentError, match="max_step_tokens must be 1 or more"):
         options(max_step_tokens=0).engine()

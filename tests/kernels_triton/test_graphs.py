@@ -7,13 +7,16 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import pytest
 import torch
 
 from anyfp4.engine import graphs, kv_cache
+from anyfp4.engine.ahead import launch
 from anyfp4.engine.config import EngineConfig, SamplingParams
 from anyfp4.engine.engine import Engine
 from anyfp4.engine.graphs import Results, StepGraphs
+from anyfp4.engine.inputs import Feed
 from anyfp4.engine.model_runner import ModelRunner
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.engine.sequence import Sequence
@@ -87,6 +90,86 @@ def test_padded_steps_have_the_bits_of_eager_ones(device: torch.device, captured
         outcomes.append((*found, *(t.view(torch.int16) for cache in caches for t in (cache.k, cache.v))))
     for eager, graph in zip(*outcomes, strict=True):
         assert_same_bits(graph, eager)
+
+
+def test_a_graph_is_fed_by_the_step_before(device: torch.device, captured: None) -> None:
+    """Tokens that the host does not know come from the graph's own result, which its next run overwrites."""
+    model = decoder("w4a4", device)
+    a, b, c = sequence([3], [4]), sequence([2], [6]), sequence([7], [3])
+    for i, s in enumerate((a, b, c)):  # so hot that every token may come: this model's logits are that large
+        s.params, s.seed = SamplingParams(temperature=1e11 * (i < 2)), i
+    steps: list[list[Scheduled]] = [
+        [Scheduled(a, 0, 1), Scheduled(b, 0, 1), Scheduled(c, 0, 1)],  # three padded to four
+        [Scheduled(a, 1, 1), Scheduled(b, 1, 1), Scheduled(c, 1, 1)],
+        [Scheduled(c, 2, 1), Scheduled(a, 2, 1)],  # another order, and another graph
+        [Scheduled(c, 3, 1), Scheduled(a, 3, 1)],  # tokens of the most likely alone would not be copied
+    ]
+    outcomes = []
+    for ahead in (False, True):
+        caches = kv_cache.allocate(model, 9, BLOCK_SIZE)
+        for cache in caches:
+            cache.k.zero_()
+            cache.v.zero_()
+        runner = ModelRunner(model, caches, BLOCK_SIZE, StepGraphs(model, caches, 4, 8, 3) if ahead else None)
+        flights = [launch(runner, steps[0])]
+        for step in steps[1:]:
+            if not ahead:  # the host knows the tokens
+                for item, token in zip(flights[-1].step, flights[-1].chosen.get(), strict=True):
+                    item.sequence.tokens.append(token)
+            flights.append(launch(runner, step, flights[-1] if ahead else None))
+        for s in (a, b, c):
+            del s.tokens[1:]
+        # read long after graphs ran again
+        found = [flight.chosen.get() for flight in flights]
+        outcomes.append((found, *(t.view(torch.int16) for cache in caches for t in (cache.k, cache.v))))
+    (tokens, *expected), (got, *held) = outcomes
+    assert len({token for step in tokens for token in step}) > 4
+    assert got == tokens
+    for mine, theirs in zip(held, expected, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def test_a_feed_is_taken_before_the_graph_overwrites_it(device: torch.device, captured: None) -> None:
+    """The most likely tokens lie where the graph itself leaves them."""
+    model = decoder("w4a4", device)
+    a, b = sequence([3], [4]), sequence([2], [6])
+    caches = kv_cache.allocate(model, 9, BLOCK_SIZE)
+    runner = ModelRunner(model, caches, BLOCK_SIZE, StepGraphs(model, caches, 2, 8, 3))
+    step = [Scheduled(a, 0, 1), Scheduled(b, 0, 1)]
+    best = runner.run(step).best
+    assert best is not None
+    best[0].copy_(torch.tensor([41, 17]))  # this model would always choose the same
+    fed = runner.run([Scheduled(b, 1, 1), Scheduled(a, 1, 1)], Feed(best[0], np.array([1, 0]))).hidden.clone()
+    a.tokens.append(41)
+    b.tokens.append(17)
+    known = runner.run([Scheduled(b, 1, 1), Scheduled(a, 1, 1)]).hidden.clone()
+    assert_same_bits(fed, known)
+    a.tokens[1] = 40
+    other = runner.run([Scheduled(b, 1, 1), Scheduled(a, 1, 1)]).hidden
+    assert_same_bits(other[0], known[0])
+    assert not torch.equal(other[1], known[1])  # tokens show at all
+
+
+def test_an_engine_with_graphs_and_async_scheduling(
+    device: torch.device, captured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default it has both; and neither changes anything. The second request ends before the first."""
+    monkeypatch.setattr("anyfp4.engine.engine.why_no_graphs", lambda model: None)
+    model = decoder("dense", device)
+    outcomes = []
+    for options in ({"cuda_graphs": False, "async_scheduling": False}, {}):
+        config = EngineConfig(kv_cache_bytes=1 << 16, max_num_seqs=2, max_step_tokens=4, **options)
+        engine = Engine(model, config)
+        assert (engine.graphs is not None) == engine.async_scheduling == (not options)
+        sequences = [
+            engine.add(str(i), [3 + i], SamplingParams(temperature=t, seed=i, max_tokens=most, ignore_eos=True))[0]
+            for i, (t, most) in enumerate([(0.0, 6), (1e11, 4)])
+        ]
+        while engine.has_work:
+            engine.step()
+        outcomes.append([s.tokens for s in sequences])
+        assert engine.stats().steps_ahead == (0 if options else 5)
+    assert outcomes[0] == outcomes[1] and len({*outcomes[0][1]}) > 2
 
 
 def test_shapes() -> None:

@@ -9,6 +9,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def test_schedules_survive_json() -> None:
         schedule = PLAN.schedule(i)
         again = from_json(schedule.to_json(), "here")
         assert again == schedule and again.to_json() == schedule.to_json()
+    # one that was printed before there was async scheduling
+    data = json.loads(PLAN.schedule(0).to_json())
+    del data["async_scheduling"]
+    assert from_json(json.dumps(data), "here") == replace(PLAN.schedule(0), async_scheduling=True)
 
 
 def test_schedules_stay_within_the_plan() -> None:
@@ -69,7 +74,7 @@ def test_schedules_stay_within_the_plan() -> None:
     assert {0} < {r.params.max_tokens for r in requests}
     assert any(s.resets for s in schedules) and any(s.cache_blocks for s in schedules)
     assert any(a.abort_after is not None for s in schedules for a in s.arrivals)
-    assert {s.prefix_caching for s in schedules} == {True, False}
+    assert {s.prefix_caching for s in schedules} == {s.async_scheduling for s in schedules} == {True, False}
     longest_common = [
         next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
         for a, b in zip([r.tokens for r in requests[1:]], [r.tokens for r in requests], strict=False)
@@ -147,7 +152,7 @@ class Watcher:
     """Counts what engines do, at the model runner: independent of how verify counts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps = 0
+        self.steps = self.fed = 0
         self.sequences: Counter[int] = Counter()
         self.tokens: Counter[int] = Counter()
         self.hits: dict[Any, int] = {}
@@ -155,30 +160,33 @@ class Watcher:
         last: dict[Any, int] = {}
         original = ModelRunner.run
 
-        def run(runner: ModelRunner, step: Any) -> Any:
+        def run(runner: ModelRunner, step: Any, *feed: Any) -> Any:
             self.steps += 1
+            self.fed += len(feed)
             self.sequences[len(step)] += 1
             self.tokens[sum(item.count for item in step)] += 1
             for item in step:
                 self.hits.setdefault(item.sequence, item.start)
                 self.recomputed += item.start < last.get(item.sequence, 0)
                 last[item.sequence] = item.start + item.count
-            return original(runner, step)
+            return original(runner, step, *feed)
 
         monkeypatch.setattr(ModelRunner, "run", run)
 
 
 def test_an_invariant_model_passes_and_the_figures_are_true(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier = Verifier(llm.engine.model, tuple(llm.engine.eos), PLAN.max_length)
-    schedules = [PLAN.schedule(i) for i in range(12)]
+    schedules = [PLAN.schedule(i) for i in range(20)]
     for s in schedules:  # computed now, so that the watcher sees the schedules alone
         for a in s.arrivals:
             verifier.alone(a.request)
     watcher = Watcher(monkeypatch)
     proof = Proof()
     verify(verifier, schedules, proof, total=len(schedules))
-    assert proof.failure is None and len(proof.trials) == 12
-    assert proof.seen.steps == watcher.steps
+    assert proof.failure is None and len(proof.trials) == 20
+    # a step that was launched ahead is for nothing if all of its sequences have ended, or if it raised
+    ahead = proof.seen.steps_ahead
+    assert proof.seen.steps - ahead == watcher.steps - watcher.fed and 10 < ahead <= watcher.fed <= ahead + ahead // 4
     assert proof.seen.sequences == watcher.sequences and proof.seen.tokens == watcher.tokens
     assert proof.distinct_requests == len({a.request.key for s in schedules for a in s.arrivals})
 
@@ -244,6 +252,8 @@ def test_what_did_not_happen_is_said(call: Any, tiny_model: Path) -> None:
     assert code == 0
     assert "not shown: no sequence was preempted" in out and "not shown: no prefix-cache hit" in out
     assert "not shown: the number of threads was never changed" in out
+    _, out, _ = call("verify", tiny_model, "--trials", 1, "--batch-sizes", 1, "--threads", 1, "--max-tokens", 1)
+    assert "not shown: no step was launched before" in out
 
 
 # --- models that are not
@@ -348,6 +358,7 @@ def test_shrinking_keeps_failing_and_stops_in_time() -> None:
     smallest = shrink(schedule, fails, lambda: False)
     assert [a.request.tokens for a in smallest.arrivals] == [(culprit,)]
     assert (smallest.cache_blocks, smallest.prefix_caching, smallest.block_size) == (None, False, 16)
+    assert not smallest.async_scheduling and not smallest.cuda_graphs
     assert smallest.arrivals[0].at == 0 and smallest.arrivals[0].request.params.max_tokens in (0, 1)
     runs = iter(range(10**6))
     shrink(schedule, lambda s: fails(s) and next(runs) >= 0, lambda: next(runs) > 20)

@@ -36,6 +36,10 @@ _COUNTERS = {
     ),
     "preemptions": ("anyfp4_preemptions", "Sequences put back in the queue because blocks ran out."),
     "steps": ("anyfp4_engine_steps", "Steps of the engine."),
+    "steps_ahead": (
+        "anyfp4_engine_steps_ahead",
+        "Steps of those that were launched before the tokens of the step before were read.",
+    ),
     "step_seconds": ("anyfp4_engine_step_seconds", "Seconds spent in steps."),
     "schedule_seconds": ("anyfp4_engine_schedule_seconds", "Seconds of those spent choosing what to run."),
 }

@@ -115,63 +115,102 @@ def _draw_heaviest(
     tl.store(p_tokens + tl.load(p_choices + i), tl.where(found < enough, -1, token))
 
 
+class Chosen:
+    """Tokens that the GPU chooses, on their way to pinned memory; see :class:`anyfp4.ops.chosen.Chosen`."""
+
+    def __init__(self, tokens: Tensor, packed: Tensor, beyond: Sequence[int]) -> None:
+        """Starts the only copy to the host.
+
+        Args:
+            tokens: int64 [M], ids of the vocabulary.
+            packed: int64 [3, M]: tokens or −1, the most likely tokens, the bits of their logits.
+            beyond: rows that no kernel was asked to choose.
+        """
+        self.tokens, self._beyond = tokens, beyond
+        self._host = torch.empty(packed.shape, dtype=torch.int64, pin_memory=packed.is_cuda)
+        self._host.copy_(packed, non_blocking=True)
+        self._copied = None
+        if packed.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(packed.device))
+
+    def get(self) -> list[int]:
+        """See :meth:`anyfp4.ops.chosen.Chosen.get`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found = self._host.numpy()
+        values = found[2].astype(np.int32).view(np.float32)
+        if not np.isfinite(values).all():
+            i = int(np.flatnonzero(~np.isfinite(values))[0])
+            reference.refuse_broken(float(values[i]), int(found[1, i]))
+        tokens: list[int] = found[0].tolist()
+        for i in self._beyond:
+            tokens[i] = -1
+        return tokens
+
+
 def sample(logits: Tensor, choices: Sequence[Choice], best: tuple[Tensor, Tensor] | None = None) -> list[int]:
-    """See :func:`anyfp4.ops.sampling.sample`.
+    """See :func:`anyfp4.ops.sampling.sample`; arguments and errors as :func:`choose` has them.
+
+    Returns:
+        M token ids.
+    """
+    return [
+        token if token >= 0 else reference.sample_row(logits[i].cpu().numpy(), choices[i])
+        for i, token in enumerate(choose(logits, choices, best).get())
+    ]
+
+
+def choose(logits: Tensor, choices: Sequence[Choice], best: tuple[Tensor, Tensor] | None = None) -> Chosen:
+    """Launches the choice of a token for each row, and waits for nothing.
 
     Args:
         logits: float32 [M, V].
         choices: M of them.
-        best: what :func:`anyfp4.kernels.triton.softmax.greedy` gives for these logits, if it is known.
+        best: what :func:`anyfp4.kernels.triton.softmax.greedy` gives for these logits, if it is known. Where every
+            temperature is 0 its ids are the result's ``tokens``, not a copy of them.
 
     Returns:
-        M token ids.
+        M token ids; −1 for rows whose filters need more candidates than the kernels look at. A broken row is refused
+        when they are read.
 
     Raises:
-        InvalidArgumentError: wrong dtype or count, or a broken row.
+        InvalidArgumentError: wrong dtype or count.
     """
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.shape[0] != len(choices):
         raise InvalidArgumentError(
             f"logits must be float32 [{len(choices)}, V], got {logits.dtype} {list(logits.shape)}"
         )
-    if not choices:
-        return []
     ids, largest = best or greedy(logits)
     rows = [i for i, c in enumerate(choices) if reference.float32_temperature(c) > 0]
-    tokens = ids
-    if rows:
-        tokens = ids.clone()
-        with on_device(logits):
-            _sample_rows(logits, largest, tokens, rows, choices)
-    # the only copy to the host
-    found = torch.stack((tokens, ids, largest.view(torch.int32).to(torch.int64))).cpu().numpy()
-    values = found[2].astype(np.int32).view(np.float32)
-    if not np.isfinite(values).all():
-        i = int(np.flatnonzero(~np.isfinite(values))[0])
-        reference.refuse_broken(float(values[i]), int(found[1, i]))
-    return [
-        token if token >= 0 else reference.sample_row(logits[i].cpu().numpy(), choices[i])
-        for i, token in enumerate(found[0].tolist())
-    ]
+    tokens, beyond = ids, []
+    with on_device(logits):
+        if rows:
+            tokens = ids.clone()
+            beyond = _sample_rows(logits, largest, tokens, rows, choices)
+        packed = torch.stack((tokens, ids, largest.view(torch.int32).to(torch.int64)))
+        # a row that could not be chosen has −1, a broken one may have anything; what reads embeddings takes neither
+        return Chosen(tokens.clamp(0, logits.shape[1] - 1) if rows else tokens, packed, beyond)
 
 
 def _sample_rows(
     logits: Tensor, best: Tensor, tokens: Tensor, rows: Sequence[int], choices: Sequence[Choice]
-) -> None:  # fmt: skip
+) -> list[int]:  # fmt: skip
+    """Puts a token for each of ``rows`` into ``tokens``, but for those that are returned."""
     v = logits.shape[1]
     filtered = [i for i in rows if choices[i].top_k or choices[i].top_p < 1]
     beyond = {i for i in filtered if choices[i].top_k > CANDIDATES or v > _MAX_ID.value}
-    if beyond:
-        tokens[sorted(beyond)] = -1
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    plain = [i for i in rows if i not in set(filtered)]
+    with_filter = set(filtered)
+    plain = [i for i in rows if i not in with_filter]
     filtered = [i for i in filtered if i not in beyond]
     pieces = triton.cdiv(v, _PIECE)
     for group in (plain, filtered):
         if not group:
             continue
         count = len(group)
-        table = _table(group, choices).to(logits.device)
+        table = _table(group, choices, logits.device)
         sums = torch.empty((count, pieces), dtype=torch.int64, device=logits.device)
         if group is plain:
             _sum_pieces[(count, pieces)](
@@ -191,16 +230,19 @@ def _sample_rows(
                 heaviest, table, sums, tokens, heaviest.shape[1], count, pieces, PIECES=power_of_two(pieces),
                 CANDIDATES=CANDIDATES, **_OPTIONS,
             )  # fmt: skip
+    return sorted(beyond)
 
 
-def _table(rows: Sequence[int], choices: Sequence[Choice]) -> Tensor:
+def _table(rows: Sequence[int], choices: Sequence[Choice], device: torch.device) -> Tensor:
     """int64 [6, R]: row, bits of the temperature, smallest weight, random number, top_k, bits of top_p."""
     picked = [choices[i] for i in rows]
-    table = np.empty((6, len(rows)), dtype=np.int64)
+    # from pageable memory a copy would wait for all that the device has to do
+    memory = torch.empty((6, len(rows)), dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = memory.numpy()
     table[0] = rows
     table[1] = np.array([reference.float32_temperature(c) for c in picked], dtype=np.float32).view(np.int32)
     table[2] = [reference.smallest_weight(c) for c in picked]
     table[3] = np.array([uniform64(c.seed, c.position) for c in picked], dtype=np.uint64).view(np.int64)
     table[4] = [c.top_k for c in picked]
     table[5] = np.array([c.top_p if c.top_p < 1 else math.inf for c in picked], dtype=np.float64).view(np.int64)
-    return torch.from_numpy(table)
+    return memory.to(device, non_blocking=True)
