@@ -20,8 +20,8 @@ from anyfp4.backends.triton_weights import TritonDense, TritonNVFP4
 from anyfp4.device import architecture
 from anyfp4.formats.weights import DenseWeight, LinearWeight, NVFP4Weight
 
-#: most tokens for the kernel that has as many blocks as it can; from here on one of large tiles is faster
-_FEW = 256
+#: up to so many tokens the kernel that has as many blocks as it can is faster, from so many on the one of large tiles
+_FEW, _MANY = 64, 256
 _HALVES = (torch.bfloat16, torch.float16)
 
 #: side by side in any plan
@@ -110,7 +110,7 @@ class HopperBackend(TritonBackend):
         if x.dtype == torch.float32:
             w = _kernel("dequantize").dequantize(records, torch.float32)
             y = triton_weights.kernel("linear_dense").dense_linear(x[0], w, records.alpha, records.bias, out_dtype)
-        elif x.shape[1] > _FEW:
+        elif _many(x, records):
             y = _kernel("gemm").packed_gemm(_aligned(x), records, out_dtype)
         else:
             y = _kernel("linear").linear(x, records, out_dtype)
@@ -146,6 +146,17 @@ def prepare_dense(weight: DenseWeight) -> HopperDense:
     data = triton_weights.prepare_dense(weight)
     runs = _kernel("runs").runs_of([(weight.shape[0], 0)], data.weight.device)
     return HopperDense(data.weight, data.tiles, data.alpha, data.bias, runs)
+
+
+def _many(x: Tensor, records: Any) -> bool:
+    """Whether the kernel of large tiles is faster for x [Q, M, K]: by measured times where either may be."""
+    m, k = x.shape[1:]
+    if not _FEW < m <= _MANY:
+        return m > _MANY
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    plans, gemm = _kernel("plans"), _kernel("gemm")
+    plan = plans.choose(records.n, k, m, processors, x.dtype == torch.float16)
+    return bool(gemm.packed_time(m, records.by_run, k, processors) < plans.time(plan, records.n, k, m, processors))
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -54,6 +54,17 @@ class _Layer:
         """What the layer adds to the residual stream, and the stream before that: [T, hidden] each."""
         plan, layer = self.plan, self.layer
         qkv, residual = self.qkv.of_norm(update, residual, layer.input_norm, plan.eps)
+        attended = self._attend(qkv, positions, cache, batch)
+        del qkv  # names keep memory: what is not needed any more makes room for the widest op, which comes last
+        update = self.o(attended)
+        del attended
+        gate_up, residual = self.gate_up.of_norm(update, residual, layer.post_attention_norm, plan.eps)
+        del update
+        return self.down.of_gate_up(gate_up), residual
+
+    def _attend(self, qkv: Tensor, positions: Tensor, cache: CachePair, batch: AttentionBatch) -> Tensor:
+        """Writes keys and values, and attends: [T, heads · head_dim]."""
+        plan, layer = self.plan, self.layer
         q = kernel("rope").rope_and_write(
             qkv.view(qkv.shape[0], plan.num_heads + 2 * plan.num_kv_heads, plan.head_dim), positions, plan.cos_sin,
             cache.k, cache.v, batch.slots, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=plan.eps,
@@ -63,9 +74,7 @@ class _Layer:
             q, cache.k, cache.v, batch, scale=plan.head_dim**-0.5, sliding_window=layer.sliding_window,
             k_scale=layer.k_scale, v_scale=layer.v_scale,
         )  # fmt: skip
-        update = self.o(attended.view(qkv.shape[0], -1))
-        gate_up, residual = self.gate_up.of_norm(update, residual, layer.post_attention_norm, plan.eps)
-        return self.down.of_gate_up(gate_up), residual
+        return attended.view(qkv.shape[0], -1)
 
 
 class _Projection:

@@ -10,7 +10,9 @@ from anyfp4.backends.hopper import HopperBackend, HopperNVFP4
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats import quantize
 from anyfp4.formats.weights import DenseWeight, NVFP4Weight
-from anyfp4.kernels.hopper import compiler, runtime
+from anyfp4.kernels import room
+from anyfp4.kernels.hopper import compiler, gemm, plans, runtime
+from anyfp4.kernels.hopper.runs import runs_of
 
 GPU = torch.device("cuda", 0)
 
@@ -55,7 +57,34 @@ def test_one_copy_of_a_weight_with_each_run_of_rows_padded() -> None:
     assert isinstance(one.data, HopperNVFP4) and one.data.values_dtype == torch.bfloat16
     assert one.data.packed.records.shape == (2, 3, 2304) and one.data.packed.runs == ((80, 0),)
     assert two.data.packed.records.shape == (3, 3, 2304) and two.data.packed.runs == ((70, 0), (10, 1))
-    assert one.nbytes == 2 * 3 * 2304 + 80 * 4 + 4
+    assert one.nbytes == 2 * 3 * 2304 + 80 * 4 + 4 + 16  # records, alpha, input scale, the table of its run
+
+
+@pytest.mark.parametrize(("m", "there"), [(1, 1), (32, 32), (33, 128), (128, 128), (129, 256), (256, 256), (257, 257)])
+def test_room_for_a_whole_tile_behind_an_activation(m: int, there: int) -> None:
+    x = room.empty(2, m, 48, torch.bfloat16, torch.device("cpu"))
+    assert x.shape == (2, m, 48) and x.is_contiguous()
+    x[0], x[1] = 1, 2
+    found = room.rows(x, 128)
+    # one that has no room is not read past its end
+    assert found.shape == ((m + there if there % 128 == 0 else 2 * m), 48)
+    assert found.data_ptr() == x.data_ptr() and torch.equal(found[: 2 * m], x.flatten(0, 1))
+    assert room.rows(x[:, : m - 1].contiguous(), 128).shape[0] == 2 * (m - 1)
+    assert room.rows(x[1:], 128).shape[0] == there
+
+
+def test_the_kernel_for_medium_numbers_of_tokens() -> None:
+    """By the measured times: many rows of a weight go to the kernel of large tiles earlier."""
+    cpu = torch.device("cpu")
+
+    def large(n: int, k: int, m: int) -> bool:
+        return gemm.packed_time(m, runs_of([(n, 0)], cpu), k, 132) < plans.time(
+            plans.choose(n, k, m, 132), n, k, m, 132
+        )
+
+    assert [large(24576, 4096, m) for m in (65, 128, 192, 256)] == [True] * 4
+    assert [large(8192, 8192, m) for m in (65, 128, 192, 256)] == [False, False, True, False]
+    assert not any(large(4096, 12288, m) for m in (65, 128, 192, 256))
 
 
 def test_runs_of_rows_in_groups_of_tiles() -> None:

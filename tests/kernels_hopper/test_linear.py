@@ -11,6 +11,7 @@ from anyfp4.backends.triton import TritonBackend
 from anyfp4.formats import e4m3
 from anyfp4.formats.nvfp4 import dequantize_blocks, quantize_blocks
 from anyfp4.formats.weights import NVFP4Weight
+from anyfp4.kernels import room
 from anyfp4.kernels.hopper import dequantize, linear
 from anyfp4.kernels.hopper.plan import SEGMENT, Plan
 from anyfp4.kernels.hopper.quantize import quantize_values
@@ -107,6 +108,24 @@ def test_the_bits_of_the_triton_backend(dtype: torch.dtype, weight_only: bool) -
         assert isinstance(weight, NVFP4Weight)
         x = activation(m, k, n, spread=1.0).to(dtype).to(CUDA)
         assert_same_bits(BACKEND.linear(x, BACKEND.prepare(weight)), triton.linear(x, triton.prepare(weight)), f"M={m}")
+
+
+@pytest.mark.parametrize("m", [40, 70, 144])
+def test_what_lies_behind_an_activation_does_not_matter(m: int) -> None:
+    weight = to(nvfp4(520, 3072, inputs=(0.01, 0.02, 0.01)), CUDA)
+    assert isinstance(weight, NVFP4Weight)
+    data = BACKEND.prepare(weight).data
+    x = quantize_values(activation(m, 3072, spread=1.0).bfloat16().to(CUDA), data.inverse_scales)
+    behind = torch.full((2 * m + 128, 3072), torch.nan, dtype=torch.bfloat16, device=CUDA)
+    behind[: 2 * m] = x.flatten(0, 1)
+    with_room = behind[: 2 * m].view(x.shape)
+    without = behind[: 2 * m].clone().view(x.shape)
+    for rows, tile in ((with_room, 128), (x, 128)):
+        assert room.rows(rows, tile).shape[0] == m + -(-m // tile) * tile
+    assert room.rows(without, 128).shape[0] == 2 * m
+    want = linear.linear(without, data.packed, torch.float32)
+    for rows in (with_room, x):
+        assert_same_bits(linear.linear(rows, data.packed, torch.float32), want)
 
 
 def test_nan_of_a_scale_or_an_activation_stays_in_its_row() -> None:

@@ -58,6 +58,9 @@ class Shape:
 
 #: microseconds that 64 columns of K take for a tile of records on a busy H200; 208 and 224 from their neighbours
 _MICROSECONDS = {
+    Shape(80, sets=2): 0.36,
+    Shape(96, sets=2): 0.38,
+    Shape(112, sets=2): 0.4,
     Shape(128, sets=2): 0.425,
     Shape(160, cluster=2, sets=2): 0.49,
     Shape(176, cluster=2, batch=2): 0.505,
@@ -176,13 +179,19 @@ def _launch(of: _Operands, shape: Shape, x: Tensor, m: int, out_dtype: torch.dty
 
 
 def packed_shape(m: int, runs: Runs, processors: int) -> Shape:
-    """The tiles for records: those that end first, by the measured time of a step and the number of tiles in turn."""
+    """The tiles for records: those that end first."""
+    return min(_MICROSECONDS, key=lambda shape: _step_time(shape, m, runs, processors))
 
-    def time(shape: Shape) -> float:
-        tiles = runs.tiles(shape.rows) * math.ceil(m / shape.tokens)
-        return _MICROSECONDS[shape] * math.ceil(tiles / (processors // shape.cluster))
 
-    return min(_MICROSECONDS, key=time)
+def packed_time(m: int, runs: Runs, k: int, processors: int) -> float:
+    """Microseconds of a product with those tiles, its launch left out."""
+    return k / _STEP * _step_time(packed_shape(m, runs, processors), m, runs, processors)
+
+
+def _step_time(shape: Shape, m: int, runs: Runs, processors: int) -> float:
+    """Microseconds of 64 columns of K: the measured time of a tile, times a multiprocessor's tiles in turn."""
+    tiles = runs.tiles(shape.rows) * math.ceil(m / shape.tokens)
+    return _MICROSECONDS[shape] * math.ceil(tiles / (processors // shape.cluster))
 
 
 def dense_shape(m: int) -> Shape:

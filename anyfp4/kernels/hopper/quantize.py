@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anyfp4.kernels import room
 from anyfp4.kernels.hopper.runtime import Kernel, load
 
 FILES = ("async.cu", "quantize.cu")
@@ -30,7 +31,7 @@ def quantize_values(x: Tensor, inverse_scales: Tensor, pre_quant_scale: Tensor |
     """
     m, k = x.shape
     q = inverse_scales.shape[0]
-    values = torch.empty((q, m, k), dtype=torch.bfloat16, device=x.device)
+    values = room.empty(q, m, k, torch.bfloat16, x.device)
     # four elements are read at once
     if x.stride(0) % 4 or x.data_ptr() % (4 * x.element_size()):
         x = x.clone(memory_format=torch.contiguous_format)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from anyfp4.errors import InvalidArgumentError
+from anyfp4.kernels import room
 from anyfp4.kernels.triton import norm
 from anyfp4.kernels.triton.activation import gated
 from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float, on_device, power_of_two
@@ -228,5 +229,5 @@ def _check(x: Tensor, inverse_scales: Tensor, pre: Tensor | None, halves: int = 
 
 def _outputs(m: int, k: int, inverse_scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     count, device = inverse_scales.shape[0], inverse_scales.device
-    values = torch.empty((count, m, k), dtype=dtype, device=device)
+    values = room.empty(count, m, k, dtype, device)
     return values, torch.empty((count, m, k // 16), dtype=torch.uint8, device=device)
