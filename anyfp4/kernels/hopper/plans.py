@@ -2,13 +2,13 @@
 
 Microseconds of the product alone, K columns read as 9/16 byte each (TB/s), CUDA graphs, weights larger than the L2:
 
-    rows × columns      1 token      16 tokens    64 tokens
+    rows × columns      1 token      16 tokens    64 tokens    128    256
     57344 × 8192        67 (3.9)     76 (3.5)     120
-    24576 × 4096        18 (3.1)     20 (2.8)     26
-    8192 × 8192         13 (2.9)     15 (2.5)     24
-    4096 × 12288        12 (2.4)     12 (2.3)     22
-    6144 × 4096         7.2 (2.0)    8.3 (1.7)
-    4096 × 4096         6.3 (1.5)    7.0 (1.4)    8.7
+    24576 × 4096        18 (3.1)     20 (2.8)     26           49     82
+    8192 × 8192         13 (2.9)     15 (2.5)     22           32     50
+    4096 × 12288        12 (2.4)     12 (2.3)     21           34     45
+    6144 × 4096         7.2 (2.0)    8.7 (1.6)    12           18     25
+    4096 × 4096         6.3 (1.5)    6.7 (1.4)    8.7          12     19
 
 Many rows: the row tiles that a multiprocessor gets are taken side by side and share x. Few rows: the segments of K are
 taken side by side, by the warpgroups of a block and by the blocks of a cluster.
@@ -29,20 +29,13 @@ MOST, HALF = 227 << 10, 112 << 10
 _REGISTERS = {2: 232, 3: 152, 4: 104}
 #: chunks of 64 columns in a stage, and most stages
 _STEP, _STAGES = 2, 12
-
-
-#: microseconds that 64 columns of K take for 64 × row tiles rows and 128 tokens, one such item on a multiprocessor or
-#: several in turn
-_MICROSECONDS = {1: (0.25, 0.27), 2: (0.4, 0.43)}
-
-
-def time(plan: Plan, n: int, k: int, m: int, processors: int) -> float:
-    """Microseconds of a product by a plan of 128 tokens, its launch left out; 0 for others, which nothing beats."""
-    if plan.tokens != 128:
-        return 0.0
-    items = math.ceil(math.ceil(n / 64) / plan.row_tiles) * math.ceil(m / plan.tokens)
-    rounds = math.ceil(items / processors)
-    return k / 64 * rounds * _MICROSECONDS[plan.row_tiles][rounds > 1]
+#: microseconds that 64 columns of K take for the plan of a block (tokens, row tiles, parts), where a multiprocessor has
+#: one item, and where it has several in turn; and for what comes before and after
+_MICROSECONDS = {
+    (64, 1, 1): (0.175, 0.18), (64, 1, 2): (0.31, 0.33), (64, 3, 1): (0.38, 0.38), (128, 1, 1): (0.245, 0.275),
+    (128, 2, 1): (0.4, 0.43),
+}  # fmt: skip
+_BEGIN_AND_END = 2.0
 
 
 @lru_cache(maxsize=4096)
@@ -62,8 +55,17 @@ def choose(n: int, k: int, m: int, processors: int, float16: bool = False) -> Pl
     elif m <= 64:
         plan = _middle(tiles, segments, k, processors)
     else:
-        plan = _many(tiles, segments, k, math.ceil(m / 128), processors)
+        plan = _many(tiles, segments, k, m, processors)
     return replace(plan, float16=int(float16))
+
+
+def time(plan: Plan, n: int, k: int, m: int, processors: int) -> float:
+    """Microseconds of a product, for the plans that 65 tokens and more may take."""
+    rounds = math.ceil(
+        math.ceil(math.ceil(n / 64) / plan.row_tiles) * math.ceil(m / plan.tokens) * plan.cluster / processors
+    )
+    each = _MICROSECONDS[plan.tokens, plan.row_tiles, plan.parts][rounds > 1]
+    return _BEGIN_AND_END + rounds * each * min(plan.segments_each(k) * SEGMENT, k) / 64
 
 
 def _few(tiles: int, segments: int, k: int, tokens: int, processors: int) -> Plan:
@@ -90,25 +92,37 @@ def _few(tiles: int, segments: int, k: int, tokens: int, processors: int) -> Pla
 
 
 def _middle(tiles: int, segments: int, k: int, processors: int) -> Plan:
-    """By ``wgmma`` with 64 tokens a tile."""
+    """By ``wgmma`` with 64 tokens a tile, of which there is one."""
     if tiles > processors:
         rows = _side_by_side(tiles, (2, 3, 4), processors)
         registers = 0 if rows == 2 else _REGISTERS[rows]
         return _fit(Plan(64, rows, 1, 1, 0, _STEP, 1 if rows == 4 else 2, registers), k, MOST)
-    cluster = _cluster(tiles, segments, processors)
-    plan = Plan(64, 1, 2 if segments > cluster else 1, cluster, 0, _STEP, 2)
-    if plan.shared(k, stages=2) <= MOST:
-        return _fit(plan, k, MOST)
+    plan = _split(tiles, segments, k, processors)
     # so many segments that their sums would fill the shared memory
-    return _few(tiles, segments, k, 32, processors)
+    return plan if plan.shared(k) <= MOST else _few(tiles, segments, k, 32, processors)
 
 
-def _many(tiles: int, segments: int, k: int, token_tiles: int, processors: int) -> Plan:
-    """By ``wgmma`` with 128 tokens a tile, if that occupies the multiprocessors."""
-    for rows in (2, 1):
-        if 10 * math.ceil(tiles / rows) * token_tiles >= 7 * processors:
-            return _fit(Plan(128, rows, 1, 1, 0, _STEP, 2, _REGISTERS[2] if rows == 2 else 0), k, MOST)
-    return _middle(tiles, segments, k, processors)
+def _many(tiles: int, segments: int, k: int, m: int, processors: int) -> Plan:
+    """By ``wgmma`` with 64 or 128 tokens a tile: what ends first, by the measured times."""
+    plans = [
+        _split(tiles * math.ceil(m / 64), segments, k, processors),
+        _fit(Plan(64, 3, 1, 1, 0, _STEP, 2, _REGISTERS[3]), k, MOST),
+        _fit(Plan(128, 1, 1, 1, 0, _STEP, 2), k, MOST),
+        _fit(Plan(128, 2, 1, 1, 0, _STEP, 2, _REGISTERS[2]), k, MOST),
+    ]
+    return min((p for p in plans if p.shared(k) <= MOST), key=lambda p: time(p, 64 * tiles, k, m, processors))
+
+
+def _split(items: int, segments: int, k: int, processors: int) -> Plan:
+    """Tiles of 64 rows × 64 tokens, whose segments are shared by as many blocks as there are multiprocessors for, and
+    by two warpgroups of a block, if three stages fit beside their sums.
+    """
+    cluster = _cluster(items, segments, processors)
+    if segments > cluster:
+        plan = _fit(Plan(64, 1, 2, cluster, 0, _STEP), k, MOST)
+        if plan.stages > 2:
+            return plan
+    return _fit(Plan(64, 1, 1, cluster, 0, _STEP, 2), k, MOST)
 
 
 def _side_by_side(tiles: int, candidates: range | tuple[int, ...], processors: int) -> int:

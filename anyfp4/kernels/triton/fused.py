@@ -200,7 +200,8 @@ def silu_mul_quantize(
     values, scale = _outputs(m, width, inverse_scales, dtype)
     if m:
         with on_device(gate_up):
-            blocks, warps, whole = tile(m, width // 16, 32)
+            # 12288 columns on an H200: one row 1.3 us with 8 blocks a program, 1.5 with 32; 64 rows 3.4 us with 64
+            blocks, warps, whole = tile(m, width // 16, 8 if m <= 4 else 32 if m <= 16 else 64)
             _silu_mul_quantize[(m, triton.cdiv(width // 16, blocks))](
                 gate_up, gate_up if pre_quant_scale is None else pre_quant_scale, inverse_scales.contiguous(), values,
                 scale, m, width, gate_up.stride(0), PRE=pre_quant_scale is not None, BLOCKS=blocks, WHOLE=whole,
