@@ -7,6 +7,9 @@ The checkpoint has random weights and is made on the spot (W4A4, compressed-tens
 servers are compared; ``decode`` leaves the first token out. ``GB a step`` is the least that a decode step reads
 (weights once, keys and values), ``TB/s`` that over the time of a step. Prefill counts the tokens of prompts of 2048.
 transformers runs a bf16 model of the same shape in the same process, one batch size after the other.
+
+``--prefix-caching`` finds the prompts in the prefix cache from the second round on, as a benchmark of a server does that
+asks the same again; prefill is left out then.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--numerics", default="native", choices=("native", "blackwell"))
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--no-async-scheduling", action="store_true")
+    parser.add_argument("--prefix-caching", action="store_true", help="find prompts of earlier rounds in the cache")
     parser.add_argument("--no-profile", action="store_true", help="leave the table of kernels out")
     parser.add_argument("--no-transformers", action="store_true", help="leave the comparison out")
     options = parser.parse_args()
@@ -68,7 +72,7 @@ def main() -> None:
     properties = torch.cuda.get_device_properties(0)
     harness.report(
         "generate", rows, gpu=properties.name, cuda=torch.version.cuda, layers=options.layers, backend=options.backend,
-        numerics=options.numerics, cuda_graphs=not options.no_cuda_graphs,
+        numerics=options.numerics, cuda_graphs=not options.no_cuda_graphs, prefix_caching=options.prefix_caching,
         async_scheduling=not options.no_async_scheduling,
     )  # fmt: skip
 
@@ -94,7 +98,8 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
         model,
         EngineConfig(
             max_model_len=LONG + NEW, max_num_seqs=max(*batches, 16), max_step_tokens=8192,
-            kv_cache_bytes=24 << 30, enable_prefix_caching=False, cuda_graphs=False if options.no_cuda_graphs else None,
+            kv_cache_bytes=24 << 30, enable_prefix_caching=options.prefix_caching,
+            cuda_graphs=False if options.no_cuda_graphs else None,
             async_scheduling=False if options.no_async_scheduling else None,
         ),
     )  # fmt: skip
@@ -116,7 +121,7 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
             generate(engine, batch, PROMPT, 2, running=True)
             kernels(f"a decode step of {batch}", engine.step)
             drain(engine)
-    for count in PREFILLS:
+    for count in () if options.prefix_caching else PREFILLS:
         generate(engine, count, LONG, 1)
         seconds = min(generate(engine, count, LONG, 1)[0] for _ in range(2))
         found[f"prefill {count}"] = {
@@ -128,7 +133,7 @@ def measure_anyfp4(config: dict[str, Any], batches: list[int], options: argparse
             "TB/s": "-",
         }
         print(found[f"prefill {count}"], file=sys.stderr, flush=True)
-    if not options.no_profile:
+    if not options.no_profile and not options.prefix_caching:
         add(engine, 1, LONG, 1)
         kernels(f"prefill of {LONG}", engine.step)
         drain(engine)
