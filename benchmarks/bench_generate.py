@@ -8,8 +8,8 @@ servers are compared; ``decode`` leaves the first token out. ``GB a step`` is th
 (weights once, keys and values), ``TB/s`` that over the time of a step. Prefill counts the tokens of prompts of 2048.
 transformers runs a bf16 model of the same shape in the same process, one batch size after the other.
 
-``--prefix-caching`` finds the prompts in the prefix cache from the second round on, as a benchmark of a server does that
-asks the same again; prefill is left out then.
+``--prefix-caching`` finds the prompts in the prefix cache from the second round on, as when a server is asked the same
+again; prefill is left out then.
 """
 
 from __future__ import annotations
