@@ -51,7 +51,8 @@ def test_a_second_time_changes_nothing() -> None:
     from vllm.model_executor.layers.quantization import modelopt
 
     def state() -> list[Any]:
-        owner = modelopt.ModelOptLinearMethod
+        # two classes, of which this is one, before vLLM 0.30
+        owner = getattr(modelopt, "ModelOptLinearMethod", None) or modelopt.ModelOptNvFp4LinearMethod
         lists = [list(kernels) for kernels in linear._POSSIBLE_NVFP4_KERNELS.values()]
         return [linear.init_nvfp4_linear_kernel, modelopt.init_nvfp4_linear_kernel, owner.create_weights, *lists]
 
