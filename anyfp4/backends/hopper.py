@@ -20,7 +20,7 @@ from anyfp4.backends.triton_weights import TritonDense, TritonNVFP4
 from anyfp4.device import architecture
 from anyfp4.formats.weights import DenseWeight, LinearWeight, NVFP4Weight
 
-#: up to so many tokens the kernel that has as many blocks as it can is faster, from so many on the one of large tiles
+#: up to so many tokens the kernel that has as many blocks as it can is faster, beyond so many the one of large tiles
 _FEW, _MANY = 64, 256
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -134,10 +134,8 @@ def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
     n, k = weight.shape
     data = _kernel("linear").Records(records, tuple(runs), n, k, alpha, bias)
-    # now, for a copy from the host cannot be captured in a graph
-    assert data.by_run
     for row_tiles in range(1, MOST_ROW_TILES + 1):
-        data.tables(row_tiles)
+        data.tables(row_tiles)  # now, for a copy from the host cannot be captured in a graph
     return HopperNVFP4(data, inverses, weight.pre_quant_scale)
 
 

@@ -21,6 +21,8 @@ from anyfp4.engine.model_runner import ModelRunner
 from anyfp4.engine.scheduler import Scheduled
 from anyfp4.engine.sequence import Sequence
 from anyfp4.errors import InvalidArgumentError
+from anyfp4.layers.attention import LayerCache
+from anyfp4.models.decoder import Decoder
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.kernels_triton.test_layers import BLOCK_SIZE, decoder
 
@@ -57,6 +59,15 @@ def sequence(tokens: list[int], blocks: SequenceOf[int]) -> Sequence:
     return made
 
 
+def zeros(model: Decoder) -> list[LayerCache]:
+    """Caches of nine blocks, whose whole contents can be compared."""
+    caches = kv_cache.allocate(model, 9, BLOCK_SIZE)
+    for cache in caches:
+        cache.k.zero_()
+        cache.v.zero_()
+    return caches
+
+
 def test_padded_steps_have_the_bits_of_eager_ones(device: torch.device, captured: None) -> None:
     model = decoder("w4a4", device)
     a, b, c = sequence([3, 1, 4, 1, 5, 9], [4, 1]), sequence([2], [6]), sequence([7, 1, 8], [3])
@@ -67,10 +78,7 @@ def test_padded_steps_have_the_bits_of_eager_ones(device: torch.device, captured
     ]
     outcomes = []
     for with_graphs in (False, True):
-        caches = kv_cache.allocate(model, 9, BLOCK_SIZE)
-        for cache in caches:
-            cache.k.zero_()
-            cache.v.zero_()
+        caches = zeros(model)
         made = StepGraphs(model, caches, 4, 8, 3) if with_graphs else None
         runner = ModelRunner(model, caches, BLOCK_SIZE, made)
         found = []
@@ -106,10 +114,7 @@ def test_a_graph_is_fed_by_the_step_before(device: torch.device, captured: None)
     ]
     outcomes = []
     for ahead in (False, True):
-        caches = kv_cache.allocate(model, 9, BLOCK_SIZE)
-        for cache in caches:
-            cache.k.zero_()
-            cache.v.zero_()
+        caches = zeros(model)
         runner = ModelRunner(model, caches, BLOCK_SIZE, StepGraphs(model, caches, 4, 8, 3) if ahead else None)
         flights = [launch(runner, steps[0])]
         for step in steps[1:]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +38,7 @@ class Records:
         k: columns.
         alpha: float32 [N].
         bias: float32 [N] or None.
+        by_run: the runs as ``gemm.cu`` reads them.
     """
 
     records: Tensor
@@ -47,12 +47,12 @@ class Records:
     k: int
     alpha: Tensor
     bias: Tensor | None
-    _tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    by_run: Runs = field(init=False)
+    _tables: dict[int, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)
 
-    @cached_property
-    def by_run(self) -> Runs:
-        """The runs as ``gemm.cu`` reads them."""
-        return runs_of(self.runs, self.records.device)
+    def __post_init__(self) -> None:
+        # at once, for a copy from the host cannot be captured in a graph
+        object.__setattr__(self, "by_run", runs_of(self.runs, self.records.device))
 
     def tables(self, row_tiles: int) -> tuple[Tensor, Tensor] | None:
         """What ``linear.cu`` calls groups and rows; None if all rows are of one run."""

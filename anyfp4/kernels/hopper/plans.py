@@ -30,12 +30,11 @@ _REGISTERS = {2: 232, 3: 152, 4: 104}
 #: chunks of 64 columns in a stage, and most stages
 _STEP, _STAGES = 2, 12
 #: microseconds that 64 columns of K take for the plan of a block (tokens, row tiles, parts), where a multiprocessor has
-#: one item, and where it has several in turn; and for what comes before and after
+#: one item, and where it has several in turn
 _MICROSECONDS = {
     (64, 1, 1): (0.175, 0.18), (64, 1, 2): (0.31, 0.33), (64, 3, 1): (0.38, 0.38), (128, 1, 1): (0.245, 0.275),
     (128, 2, 1): (0.4, 0.43),
 }  # fmt: skip
-_BEGIN_AND_END = 2.0
 
 
 @lru_cache(maxsize=4096)
@@ -60,12 +59,12 @@ def choose(n: int, k: int, m: int, processors: int, float16: bool = False) -> Pl
 
 
 def time(plan: Plan, n: int, k: int, m: int, processors: int) -> float:
-    """Microseconds of a product, for the plans that 65 tokens and more may take."""
+    """Microseconds of a product as ``gemm.packed_time`` counts them, for plans that 65 tokens and more may take."""
     rounds = math.ceil(
         math.ceil(math.ceil(n / 64) / plan.row_tiles) * math.ceil(m / plan.tokens) * plan.cluster / processors
     )
     each = _MICROSECONDS[plan.tokens, plan.row_tiles, plan.parts][rounds > 1]
-    return _BEGIN_AND_END + rounds * each * min(plan.segments_each(k) * SEGMENT, k) / 64
+    return rounds * each * min(plan.segments_each(k) * SEGMENT, k) / 64
 
 
 def _few(tiles: int, segments: int, k: int, tokens: int, processors: int) -> Plan:
