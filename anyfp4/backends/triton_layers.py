@@ -92,20 +92,14 @@ class _Projection:
             x, residual = self.backend.add_rms_norm(update, residual, weight, eps)
             return self(x), residual
         x, stream = (residual, None) if update is None else (update, residual)
-        pre = self._pre(x.dtype)
-        values, scale, residual = kernel("fused").norm_quantize(
-            x, stream, weight, eps, self.inputs.inverse_scales, pre, self.inputs.values_dtype
-        )
+        values, scale, residual = kernel("fused").norm_quantize(x, stream, weight, eps, *self._quantization(x.dtype))
         return self.backend.quantized_linear(values, scale, self.parts[0], x.dtype), residual
 
     def of_gate_up(self, gate_up: Tensor) -> Tensor:
         """The projection of silu(gate) × up."""
         if self.inputs is None:
             return self(self.backend.silu_mul(gate_up))
-        pre = self._pre(gate_up.dtype)
-        values, scale = kernel("fused").silu_mul_quantize(
-            gate_up, self.inputs.inverse_scales, pre, self.inputs.values_dtype
-        )
+        values, scale = kernel("fused").silu_mul_quantize(gate_up, *self._quantization(gate_up.dtype))
         return self.backend.quantized_linear(values, scale, self.parts[0], gate_up.dtype)
 
     def of_attention(self, arguments: tuple[Tensor, Tensor, Tensor, AttentionBatch], options: dict[str, Any]) -> Tensor:
@@ -113,16 +107,16 @@ class _Projection:
         q = arguments[0]
         if self.inputs is None or q.shape[2] % 16:
             return self(self.backend.attention(*arguments, **options).view(q.shape[0], -1))
-        values, scale = kernel("attention").attention_quantize(
-            *arguments, self.inputs.inverse_scales, self._pre(q.dtype), self.inputs.values_dtype, **options
-        )
+        values, scale = kernel("attention").attention_quantize(*arguments, *self._quantization(q.dtype), **options)
         return self.backend.quantized_linear(values, scale, self.parts[0], q.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs = [self.backend.linear(x, part) for part in self.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def _pre(self, dtype: torch.dtype) -> Tensor | None:
-        assert self.inputs is not None
-        pre = self.inputs.pre_quant_scale
-        return None if pre is None else pre.to(dtype)
+    def _quantization(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype, torch.dtype]:
+        """Arguments of a kernel that quantizes an activation of this type."""
+        inputs = self.inputs
+        assert inputs is not None
+        pre = None if inputs.pre_quant_scale is None else inputs.pre_quant_scale.to(dtype)
+        return inputs.inverse_scales, pre, inputs.values_dtype, inputs.scales_dtype

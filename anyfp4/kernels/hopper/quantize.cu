@@ -57,6 +57,13 @@ INLINE float as_scale(float f) {
     return out;
 }
 
+// E4M3 bits of such a number, not NaN.
+INLINE uint32 scale_bits(float f) {
+    uint16 code;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(code) : "f"(0.0f), "f"(f));
+    return code & 0x7F;
+}
+
 // The E2M1 number nearest to f: ties to the even code, saturating, a NaN is 0.
 INLINE float as_value(float f) {
     float a = fabsf(f), r;
@@ -76,7 +83,7 @@ INLINE uint32 bfloat_pair(float low, float high) {
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    quantize(const element *x, const element *pre, const float *inverse_scales, Values *values, int parts, int k, int stride) {
+    quantize(const element *x, const element *pre, const float *inverse_scales, Values *values, uint16 *blocks, int parts, int k, int stride) {
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
     int i = blockIdx.x * 128 + threadIdx.x;
@@ -105,8 +112,23 @@ extern "C" __global__ void __launch_bounds__(128)
     float s = as_scale(raw > 448.0f ? 448.0f : raw);
     float factor = __fdiv_rn(g, s);
     // where s is zero the quotient is infinite, and every code zero
+    float squares = 0.0f;  // of codes: a multiple of a quarter, at most 576
 #pragma unroll
-    for (int j = 0; j < OWN; j++) v[j] = s == 0.0f ? 0.0f : as_value(v[j] * factor) * s;
+    for (int j = 0; j < OWN; j++) {
+        float code = s == 0.0f ? 0.0f : as_value(v[j] * factor);
+        squares += code * code;
+        v[j] = code * s;
+    }
+    if (blocks) {
+        if (SHARE == 4) {
+            uint32 mask = __activemask();
+            squares += __shfl_xor_sync(mask, squares, 1);
+            squares += __shfl_xor_sync(mask, squares, 2);
+        }
+        uint32 bits = s == s ? scale_bits(s) : 0x7F;
+        if (SHARE == 1 || (i & 3) == 0)
+            blocks[(static_cast<long long>(blockIdx.y) * parts + i) / SHARE] = static_cast<uint16>(bits | static_cast<uint32>(ceilf(squares * 0.25f)) << 8);
+    }
     Values out;
 #pragma unroll
     for (int j = 0; j < OWN / 2; j++) out.pairs[j] = bfloat_pair(v[2 * j], v[2 * j + 1]);

@@ -17,7 +17,7 @@ _MANY = 1 << 20
 
 def kernel(dtype: torch.dtype, share: int, device: int) -> Kernel:
     """The compiled and loaded kernel for activations of a type, ``share`` threads for a block."""
-    return load(FILES, "quantize", "PPPPiii", device, (("KIND", KINDS[dtype]), ("SHARE", share)))
+    return load(FILES, "quantize", "PPPPPiii", device, (("KIND", KINDS[dtype]), ("SHARE", share)))
 
 
 def quantize_values(
@@ -34,6 +34,26 @@ def quantize_values(
     Returns:
         bfloat16 [Q, M, K].
     """
+    return _quantize(x, inverse_scales, pre_quant_scale, share, None)
+
+
+def quantize_blocks(
+    x: Tensor, inverse_scales: Tensor, pre_quant_scale: Tensor | None = None, share: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_values`, and what ``blackwell.py`` needs to know of each block.
+
+    Returns:
+        (bfloat16 [Q, M, K], int16 [Q, M, K/16]: the block scale's bits, and above them a quarter of the sum of the
+        squared codes, rounded up).
+    """
+    (m, k), q = x.shape, inverse_scales.shape[0]
+    blocks = torch.empty((q, m, k // 16), dtype=torch.int16, device=x.device)
+    return _quantize(x, inverse_scales, pre_quant_scale, share, blocks), blocks
+
+
+def _quantize(
+    x: Tensor, inverse_scales: Tensor, pre_quant_scale: Tensor | None, share: int | None, blocks: Tensor | None
+) -> Tensor:
     m, k = x.shape
     q = inverse_scales.shape[0]
     values = room.empty(q, m, k, torch.bfloat16, x.device)
@@ -46,6 +66,6 @@ def quantize_values(
         pre_quant_scale = pre_quant_scale.clone()
     parts = m * k * share // 16
     if parts:
-        arguments = (x, pre_quant_scale, inverse_scales, values, parts, k, x.stride(0))
+        arguments = (x, pre_quant_scale, inverse_scales, values, blocks, parts, k, x.stride(0))
         kernel(x.dtype, share, x.get_device()).launch((-(-parts // _THREADS), q, 1), _THREADS, arguments, overlap=True)
     return values

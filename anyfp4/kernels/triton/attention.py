@@ -151,6 +151,7 @@ def attention_quantize(
     inverse_scales: Tensor,
     pre_quant_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype = torch.uint8,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -168,6 +169,7 @@ def attention_quantize(
         inverse_scales: float32 [Q], 1 / input global_scale of each quantization.
         pre_quant_scale: [H · D] in the dtype of q, multiplies the result before it is quantized; or None.
         dtype: of code × block_scale, float16 or bfloat16: exact in both.
+        scale_dtype: of the block scales; int16 for those of ``kernels.hopper.quantize.quantize_blocks``.
         scale: see there.
         sliding_window: see there.
         k_scale: see there.
@@ -175,7 +177,7 @@ def attention_quantize(
         division: see there.
 
     Returns:
-        (code × block_scale [Q, T, H · D], block scales uint8 [Q, T, H · D / 16]).
+        (code × block_scale [Q, T, H · D], block scales [Q, T, H · D / 16]).
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not fit.
@@ -188,7 +190,7 @@ def attention_quantize(
         raise InvalidArgumentError(
             f"pre_quant_scale must be {q.dtype} [{width}], got {pre_quant_scale.dtype} {list(pre_quant_scale.shape)}"
         )
-    values, scales = outputs(q.shape[0], width, inverse_scales, dtype)
+    values, scales = outputs(q.shape[0], width, inverse_scales, dtype, scale_dtype)
     step = _Step(q, k_cache, v_cache, batch, scale, sliding_window, k_scale, v_scale)
     _launch(step, division, q, _Quantized(values, scales, inverse_scales.contiguous(), pre_quant_scale))
     return values, scales

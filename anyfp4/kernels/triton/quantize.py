@@ -89,7 +89,8 @@ def store_quantized(
     """Quantizes y [B, 16] once for each of SCALES global scales, and stores values at column and scales at block.
 
     ``y`` is in the activation's type; ``pre``, if not None, are factors by which it is first multiplied, and rounded.
-    Columns and blocks are counted from the row ``first``; ``live`` is bool [B].
+    Columns and blocks are counted from the row ``first``; ``live`` is bool [B]. Scales are bytes or, as
+    ``kernels.hopper.quantize.quantize_blocks`` describes them, int16.
     """
     if pre is not None:
         y = rounded(float32_of(y) * float32_of(pre), y.dtype)
@@ -99,7 +100,12 @@ def store_quantized(
         row = first + i * rows
         values = tl.reshape(products(scaled, s), column.shape)
         tl.store(p_values + row * K + column, values, mask=over(live, column))
-        tl.store(p_scale + row * (K // 16) + block, bits.to(tl.uint8), mask=live)
+        if p_scale.dtype.element_ty == tl.int16:
+            magnitude = e2m1_magnitude(scaled)
+            # the sum, of multiples of a quarter, is at most 576
+            quarter = tl.ceil(tl.sum(magnitude * magnitude, axis=1) * 0.25).to(tl.int32)
+            bits |= tl.where(s > 0.0, quarter, 0) << 8
+        tl.store(p_scale + row * (K // 16) + block, bits.to(p_scale.dtype.element_ty), mask=live)
 
 
 @triton.jit
