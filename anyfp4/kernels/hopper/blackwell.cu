@@ -42,11 +42,9 @@ INLINE void copy_tokens(const Problem &p, const Ring &ring, const Item &item, in
     }
 }
 
-INLINE float largest(const float (&v)[TOKENS / 2]) {
-    float m[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+INLINE void add(float (&acc)[TOKENS / 2], const float (&t)[TOKENS / 2]) {
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) m[i & 3] = fmaxf(m[i & 3], fabsf(v[i]));
-    return fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
+    for (int i = 0; i < TOKENS / 2; i++) acc[i] = __fadd_rz(acc[i], t[i]);
 }
 
 INLINE void put(const float (&v)[TOKENS / 2], uint32 sums, int thread) {
@@ -64,30 +62,25 @@ INLINE void get(float (&v)[TOKENS / 2], uint32 sums, int thread) {
     }
 }
 
-// The left operands of a chunk.
-INLINE uint2 left_of(uint32 record, uint32 exponent, uint32 (&a)[16], int thread) {
-    const uint4 codes = load_shared_16(record + thread * 16);
-    const uint2 scales = load_shared_8(record + CODES + (thread >> 2) * 8);
-    unpack_chunk(codes, scales, exponent, a);
-    return scales;
-}
-
-// The sums of a chunk, each from zero on.
+// The sums of a chunk, each from zero on; in two halves, for an instruction waits for the one whose sums it continues.
 #if SYNC
 INLINE void multiply_chunk(float (&t)[TOKENS / 2], uint32 (&a)[16], uint32 x, int thread) {
     const uint32 row = thread & 7, lane_at = row * 128 + ((((thread >> 3) & 3) ^ row) << 4);
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) t[i] = 0.0f;
+    float d[2][TOKENS / 2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32 right[TOKENS / 8][4];
 #pragma unroll
         for (int i = 0; i < TOKENS / 8; i++) load_matrices(x + (lane_at ^ (64 * half)) + i * 1024, right[i]);
 #pragma unroll
-        for (int j = 0; j < 2; j++)
+        for (int i = 0; i < TOKENS / 2; i++) d[half][i] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < TOKENS / 8; i++) multiply(t + 4 * i, a + 8 * half + 4 * j, right[i] + 2 * j);
+        for (int i = 0; i < TOKENS / 8; i++) multiply(d[half] + 4 * i, a + 8 * half, right[i]);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; i++) multiply(d[half] + 4 * i, a + 8 * half + 4, right[i] + 2);
     }
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) t[i] = d[0][i] + d[1][i];
 }
 #else
 INLINE void multiply_chunk(float (&t)[TOKENS / 2], uint32 (&a)[16], uint32 x, int) {
@@ -99,13 +92,8 @@ INLINE void multiply_chunk(float (&t)[TOKENS / 2], uint32 (&a)[16], uint32 x, in
 }
 #endif
 
-struct Quantized {
-    const uint16 *info;
-    int blocks;  // of K
-};
-
 // A warpgroup's chain. Gives whether this one holds its end.
-INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const Quantized &q, const float *limits, uint32 sums, uint32 hops,
+INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const float *limits, uint32 sums, uint32 hops,
                   int part, int r, int thread, uint32 exponent, float (&acc)[TOKENS / 2]) {
     const bool live = r < item.count;
     const uint32 own = sums + ((PARTS - 1 - part) * ROW_TILES + r) * SUMS_BYTES;
@@ -113,7 +101,6 @@ INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const Qu
     // barriers of a warp for each part
     const uint32 own_hop = hops + ((r * PARTS + part) * 4 + (thread >> 5)) * 8;
     const uint32 hop_before = hops + ((r * PARTS + (part + PARTS - 1) % PARTS) * 4 + (thread >> 5)) * 8;
-    const int tokens = min(TOKENS, p.m - item.token);
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.0f;
     uint32 slot = 0, phase = 0, arrival = part > 0 ? 0 : 1;
@@ -123,20 +110,24 @@ INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const Qu
         if (live) {
             const int first = base + part * STEP;
             float t[STEP][TOKENS / 2];
+            const uint32 record = ring.w_at(slot, r * PARTS + part), x = ring.x_at(slot, part, 0);
 #if SYNC
+            Part parts[STEP];
+#pragma unroll
+            for (int c = 0; c < STEP; c++) parts[c] = part_of(record + c * RECORD, thread);
 #pragma unroll
             for (int c = 0; c < STEP; c++) {
-                if (first + c >= p.chunks) continue;
                 uint32 a[16];
-                left_of(ring.w_at(slot, r * PARTS + part) + c * RECORD, exponent, a, thread);
-                multiply_chunk(t[c], a, ring.x_at(slot, part, c), thread);
+                unpack_chunk(parts[c].codes, parts[c].scales, exponent, a);
+                multiply_chunk(t[c], a, x + c * X_BYTES, thread);
             }
 #else
             uint32 a[STEP][16];
 #pragma unroll
-            for (int c = 0; c < STEP; c++) {  // what lies past the end is multiplied and left
-                left_of(ring.w_at(slot, r * PARTS + part) + c * RECORD, exponent, a[c], thread);
-                multiply_chunk(t[c], a[c], ring.x_at(slot, part, c), thread);
+            for (int c = 0; c < STEP; c++) {
+                const Part w = part_of(record + c * RECORD, thread);
+                unpack_chunk(w.codes, w.scales, exponent, a[c]);
+                multiply_chunk(t[c], a[c], x + c * X_BYTES, thread);
             }
 #endif
             if (PARTS > 1 && (part > 0 || base > 0)) {
@@ -144,29 +135,28 @@ INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const Qu
                 get(acc, before, thread);
             }
             if (PARTS > 1) arrival ^= 1;
+            const int count = min(STEP, p.chunks - first);
+            bool plain = true;
 #pragma unroll
-            for (int c = 0; c < STEP; c++) {
+            for (int c = 0; c < STEP; c++) plain = plain && (c >= count || __float_as_uint(limits[first + c]) == ANY_BITS);
+            if (plain) {
+#pragma unroll
+                for (int c = 0; c < STEP; c++) {
 #if !SYNC
-                if (STEP == 2 && c == 0)
-                    wgmma_wait<1>();
-                else
-                    wgmma_wait<0>();
+                    if (STEP == 2 && c == 0)
+                        wgmma_wait<1>();
+                    else
+                        wgmma_wait<0>();
 #endif
-                if (first + c >= p.chunks) continue;
-                const float limit = limits[first + c];
-                const bool reached = __any_sync(0xFFFFFFFFu, largest(acc) >= fabsf(limit));
-                if (limit > 0.0f && !reached) {
-#pragma unroll
-                    for (int i = 0; i < TOKENS / 2; i++) acc[i] = __fadd_rz(acc[i], t[c][i]);
-                } else {
-                    const int chunk = first + c;
-                    uint32 left[16];
-                    const uint2 scales = left_of(ring.w_at(slot, r * PARTS + part) + c * RECORD, exponent, left, thread);
-                    put(acc, own, thread);
-                    add_chunk(own, {ring.x_at(slot, part, c), q.info + chunk * 4, q.blocks, tokens, q.blocks - chunk * 4}, left, scales,
-                              reached, thread);
-                    get(acc, own, thread);
+                    if (c < count) add(acc, t[c]);  // what lies past the end was multiplied, and is left
                 }
+            } else {
+#if !SYNC
+                wgmma_wait<0>();
+#endif
+                put(acc, own, thread);
+                add_chunks(own, record, x, limits + first, first, count, exponent, thread);
+                get(acc, own, thread);
             }
             if (PARTS > 1 && !(part == PARTS - 1 && base + STAGE_CHUNKS >= p.chunks)) {
                 put(acc, own, thread);
@@ -181,8 +171,7 @@ INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const Qu
     return live && part == PARTS - 1;
 }
 
-INLINE void compute(const Problem &p, const Item &item, const Output &out, const Ring &ring, const Factors &f, const Quantized &q,
-                    const uint2 *bounds, const Table &table, float *sums, float *factors, uint32 hops, int group, int thread,
+INLINE void compute(const Problem &p, const Item &item, const Output &out, const Ring &ring, const Factors &f, const Bound *bounds, const Table &table, float *sums, float *factors, uint32 hops, int group, int thread,
                     uint32 exponent) {
     const int part = group / ROW_TILES, r = group - part * ROW_TILES, all = group * 128 + thread;
     if (part == 0 && r < item.count) {
@@ -192,12 +181,12 @@ INLINE void compute(const Problem &p, const Item &item, const Output &out, const
         if (i < live && from) factors[r * 128 + thread] = from[first + i];
     }
     dependency_wait();
-    gather(table, q.info, q.blocks, p.chunks, min(TOKENS, p.m - item.token), all >> 5, thread & 31);
+    gather(table, token_scales, p.chunks, all >> 5, thread & 31);
     named_sync(1, WARPGROUPS * 128);
     set_limits(table, bounds + static_cast<long long>(item.tile) * p.chunks, p.chunks, item.count, all);
     named_sync(1, WARPGROUPS * 128);
     float acc[TOKENS / 2];
-    if (chain(p, item, ring, q, table.limit + r * p.chunks, shared_address(sums), hops, part, r, thread, exponent, acc)) {
+    if (chain(p, item, ring, table.limit + r * p.chunks, shared_address(sums), hops, part, r, thread, exponent, acc)) {
         named_sync(2 + r, 128);  // no warp reads accumulators on their way any more
         hand_over(acc, shared_address(sums) + r * SUMS_BYTES, p.m - item.token, thread);
     }
@@ -207,7 +196,7 @@ INLINE void compute(const Problem &p, const Item &item, const Output &out, const
 }
 
 extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + (REGISTERS ? 128 : 64), BLOCKS)
-    blackwell(const __grid_constant__ TensorMap x_map, const uint16 *info, const uint8 *weight, const uint2 *bounds, void *y,
+    blackwell(const __grid_constant__ TensorMap x_map, const uint16 *info, const uint8 *weight, const Bound *bounds, void *y,
               const float *alpha, const float *bias, const int *groups, const int *rows, int m, int n, int blocks, int chunks, int tiles,
               int token_tiles, int items, int kind, uint32 exponent) {
     const Problem p = {&x_map, weight, groups, rows, m, n, chunks, tiles, token_tiles, items, 0};
@@ -219,12 +208,13 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + (REGISTERS ? 128
     ring.full = shared_address(factors + ROW_TILES * 128), ring.empty = ring.full + 8 * STAGES;
     const uint32 hops = ring.empty + 8 * STAGES;
     uint32 *words = reinterpret_cast<uint32 *>(factors + ROW_TILES * 128 + 4 * STAGES + 8 * WARPGROUPS);
-    const Table table = {words, words + chunks, words + 2 * chunks, words + 3 * chunks, reinterpret_cast<float *>(words + 3 * chunks + 1)};
+    const Table table = {words, words + chunks, words + 2 * chunks, words + 3 * chunks, words + 3 * chunks + 1, reinterpret_cast<float *>(words + 3 * chunks + 2)};
     const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 7, 0), thread = threadIdx.x & 127;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) barrier_init(ring.full + 8 * i, ROW_TILES + STAGE_CHUNKS), barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS);
         for (int i = 0; i < 4 * WARPGROUPS; i++) barrier_init(hops + 8 * i, 1);
         barrier_init_fence();
+        token_scales = {info + (static_cast<long long>(item.q) * m + item.token) * blocks, blocks, min(TOKENS, m - item.token)};
     }
     clear(table, chunks, threadIdx.x, blockDim.x);
     __syncthreads();
@@ -241,8 +231,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + (REGISTERS ? 128
 #if REGISTERS
         more_registers<REGISTERS>();
 #endif
-        const Quantized q = {info + (static_cast<long long>(item.q) * m + item.token) * blocks, blocks};
-        compute(p, item, {y, nullptr, kind, bias != nullptr}, ring, {alpha, bias}, q, bounds, table, sums, factors, hops, group, thread,
+        compute(p, item, {y, nullptr, kind, bias != nullptr}, ring, {alpha, bias}, bounds, table, sums, factors, hops, group, thread,
                 exponent);
     }
 }

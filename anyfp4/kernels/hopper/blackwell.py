@@ -37,9 +37,9 @@ def bounds(packed: Tensor, scale: Tensor, runs: Sequence[int]) -> Tensor:
         runs: rows of each run.
 
     Returns:
-        int32 [tiles, chunks, 2]: the bits of a float32, the largest (norm of 64 columns of a row / 2^low)², low the
+        int32 [tiles, chunks, 3]: the bits of a float32, the largest (norm of 64 columns of a row / 2^low)², low the
         smallest exponent of the row's block scales there; in bytes, plus 64, the smallest and the largest exponent of
-        the record's scales and the smallest of all of K.
+        the record's scales and the smallest of all of K; the bits of the largest norm² of a row of all of K.
     """
     k = 2 * packed.shape[1]
     chunks = math.ceil(k / layout.COLUMNS)
@@ -63,10 +63,11 @@ def _bounds(packed: Tensor, scale: Tensor, chunks: int) -> Tensor:
     bits = torch.nn.functional.pad(scale, padding).view(tiles, layout.ROWS, chunks, 4)
     least = bits.masked_fill(bits == 0, e4m3.NAN).amin(dim=3)  # of a row's chunk
     low, high = _exponent(least.amin(dim=1)), _exponent(bits.amax(dim=3).amax(dim=1))
+    whole = norm.sum(dim=2).amax(dim=1, keepdim=True).expand_as(low)
     norm = (norm * torch.exp2(-2.0 * _exponent(least))).amax(dim=1)
     lowest = low.amin(dim=1, keepdim=True).expand_as(low)
     exponents = (low + _BIAS) | ((high + _BIAS) << 8) | ((lowest + _BIAS) << 16)
-    return torch.stack((norm.view(torch.int32), exponents), dim=2)
+    return torch.stack((norm.view(torch.int32), exponents, whole.contiguous().view(torch.int32)), dim=2)
 
 
 def _exponent(bits: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from anyfp4.kernels.hopper.plan import PITCH_BYTES
 from anyfp4.kernels.hopper.plans import MOST, REGISTERS
 
 _STAGES = 12
+#: bytes of shared memory that the kernel has besides, with what alignment takes
+STATIC = 1 << 10
 #: what linear_copy.cu and others want to know, and is the same for all
 _FIXED = (("CLUSTER", 1), ("SETS", 1), ("FLOAT16", 0), ("BLOCKS", 1))
 
@@ -54,12 +56,12 @@ class BlackwellPlan:
         chunks, warpgroups = math.ceil(k / layout.COLUMNS), self.row_tiles * self.parts
         stage = self.parts * self.step * (self.tokens * 128 + self.row_tiles * layout.RECORD)
         sums = warpgroups * (self.tokens * PITCH_BYTES + 32) + self.row_tiles * 512
-        return stages * (stage + 16) + sums + 4 * (chunks * (3 + self.row_tiles) + 1)
+        return stages * (stage + 16) + sums + 4 * (chunks * (3 + self.row_tiles) + 2)
 
     def fitted(self, k: int) -> BlackwellPlan:
         """With as many stages as fit, at least two, and no more than there are."""
         stages = max(2, min(_STAGES, math.ceil(math.ceil(k / layout.COLUMNS) / (self.parts * self.step))))
-        while stages > 2 and self.shared(k, stages) > MOST:
+        while stages > 2 and self.shared(k, stages) > MOST - STATIC:
             stages -= 1
         return replace(self, stages=stages)
 
