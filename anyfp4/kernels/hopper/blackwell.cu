@@ -130,15 +130,16 @@ INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const fl
                 multiply_chunk(t[c], a[c], x + c * X_BYTES, thread);
             }
 #endif
-            if (PARTS > 1 && (part > 0 || base > 0)) {
-                barrier_wait(hop_before, arrival);
-                get(acc, before, thread);
-            }
-            if (PARTS > 1) arrival ^= 1;
             const int count = min(STEP, p.chunks - first);
             bool plain = true;
 #pragma unroll
             for (int c = 0; c < STEP; c++) plain = plain && (c >= count || __float_as_uint(limits[first + c]) == ANY_BITS);
+            if (PARTS > 1 && (part > 0 || base > 0)) {
+                while (!barrier_passed(hop_before, arrival)) {
+                }
+                get(acc, before, thread);
+            }
+            if (PARTS > 1) arrival ^= 1;
             if (plain) {
 #pragma unroll
                 for (int c = 0; c < STEP; c++) {
