@@ -1,9 +1,9 @@
 """All layers of a decoder through fused kernels: the ops and bits of the op-by-op loop, fewer launches and bytes.
 
 A layer is, where its linear layers are W4A4: norm with quantization, q/k/v, norm of q and k with rotation and cache
-write, attention with quantization, output projection, norm with quantization, gate/up, silu × up with quantization,
-down: nine launches in place of seventeen, and the activation between an op and its quantization is never written. Other
-kinds of linear layer take the plain ops.
+write, attention with quantization (two launches for prompts), output projection, norm with quantization, gate/up,
+silu × up with quantization, down: nine launches in place of seventeen, and the activation between an op and its
+quantization is never written. Other kinds of linear layer take the plain ops.
 """
 
 from __future__ import annotations
@@ -104,10 +104,12 @@ class _Projection:
 
     def of_attention(self, arguments: tuple[Tensor, Tensor, Tensor, AttentionBatch], options: dict[str, Any]) -> Tensor:
         """The projection of what attention gives for these arguments."""
-        q = arguments[0]
-        if self.inputs is None or q.shape[2] % 16:
+        q, k_cache, _, batch = arguments
+        attention = kernel("attention")
+        # a program with many rows has no registers left to quantize them
+        if self.inputs is None or q.shape[2] % 16 or not attention.few_rows(q, k_cache, batch):
             return self(self.backend.attention(*arguments, **options).view(q.shape[0], -1))
-        values, scale = kernel("attention").attention_quantize(*arguments, *self._quantization(q.dtype), **options)
+        values, scale = attention.attention_quantize(*arguments, *self._quantization(q.dtype), **options)
         return self.backend.quantized_linear(values, scale, self.parts[0], q.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -103,12 +103,12 @@ class Launch:
         return options
 
 
-def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
-    """The launch for heads of ``padded_dim`` columns. ``few_rows``: sequences have 16 rows or fewer on average."""
+def launch(arch: str, padded_dim: int, itemsize: int, few: bool) -> Launch:
+    """The launch for heads of ``padded_dim`` columns. ``few``: see :func:`few_rows`."""
     keys = max(16, min(TILE, TILE * 256 // (padded_dim * itemsize)))
     sums = min(SUMS, keys)
     hip, same_size = arch.startswith("gfx"), arch.startswith(("sm_100", "sm_103"))
-    if few_rows and not same_size:
+    if few and not same_size:
         # four programs on a multiprocessor (a fourth of its registers each), each with a tile of keys on the way
         return Launch(16, keys, sums, stages=2, registers=128 if itemsize == 2 else 0)
     if hip or same_size or itemsize == 4:
@@ -117,6 +117,11 @@ def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
     # the copy of a tile would begin after the products of the one before
     rows = 128 if padded_dim <= 128 else 64
     return Launch(rows, keys, sums, warps=8, stages=3 if arch in ("sm_80", "sm_90") else 2, delay=arch == "sm_90")
+
+
+def few_rows(q: Tensor, k_cache: Tensor, batch: AttentionBatch) -> bool:
+    """Whether sequences have 16 rows (tokens × heads of a group) or fewer on average: decode, and not prompts."""
+    return q.shape[0] * (q.shape[1] // k_cache.shape[2]) <= 16 * batch.context_len.shape[0]
 
 
 def attention(
@@ -232,13 +237,13 @@ def _launch(step: _Step, division: Launch | None, out: Tensor, quantized: _Quant
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group, padded = heads // kv_heads, max(16, power_of_two(dim))
     qk, pv = _operands(q.dtype, k_cache.dtype)
-    arch, few_rows = architecture(q.device), tokens * group <= 16 * sequences
-    how = division or launch(arch, padded, qk.itemsize, few_rows)
+    arch, few = architecture(q.device), few_rows(q, k_cache, batch)
+    how = division or launch(arch, padded, qk.itemsize, few)
     tiles = triton.cdiv(batch.block_table.shape[1] * block_size, how.tile)
     # as many places as ``_first_place`` gives
     places = min(tokens * triton.cdiv(group, how.rows), tokens * group // how.rows + sequences)
     jobs, states, state = places * kv_heads, tokens * heads * tiles, padded + how.sums + 1
-    programs = min(tiles, how.programs // jobs) if few_rows and jobs <= workspace.TILES else 1
+    programs = min(tiles, how.programs // jobs) if few and jobs <= workspace.TILES else 1
     shared = programs > 1 and 4 * states * state <= MAX_SCRATCH
     memory = torch.empty(states * state, dtype=torch.float32, device=q.device) if shared else out
     p_acc, p_mass, p_m = memory.split([states * padded, states * how.sums, states]) if shared else (out, out, out)
