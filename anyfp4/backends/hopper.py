@@ -39,6 +39,21 @@ class HopperNVFP4(TritonNVFP4):
 
 
 @dataclass(frozen=True, eq=False)
+class HopperBlackwell(TritonNVFP4):
+    """An NVFP4 layer for numerics="blackwell"; ``packed`` is ``kernels.hopper.blackwell.BlackwellRecords``."""
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        """The kernel multiplies in bfloat16."""
+        return torch.bfloat16
+
+    @property
+    def scales_dtype(self) -> torch.dtype:
+        """Block scales and norms, see ``kernels.hopper.quantize.quantize_blocks``."""
+        return torch.int16
+
+
+@dataclass(frozen=True, eq=False)
 class HopperDense(TritonDense):
     """An unquantized layer; ``runs`` is ``kernels.hopper.runs.Runs``."""
 
@@ -70,35 +85,44 @@ class HopperBackend(TritonBackend):
         if isinstance(weight, DenseWeight) and weight.weight.dtype in _HALVES:
             dense = prepare_dense(weight)
             return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(dense), dense)
-        own = isinstance(weight, NVFP4Weight) and (numerics == "native" or weight.weight_only)
-        if not own or numerics not in ("native", "blackwell"):
+        if not isinstance(weight, NVFP4Weight) or numerics not in ("native", "blackwell"):
             return super().prepare(weight, numerics)
-        assert isinstance(weight, NVFP4Weight)
-        data = prepare_nvfp4(weight)
+        data = prepare_nvfp4(weight) if numerics == "native" or weight.weight_only else prepare_blackwell(weight)
         return PreparedLinear(self.name, weight.shape, numerics, triton_weights.nbytes(data), data)
 
     def matrices(self, prepared: PreparedLinear) -> tuple[Tensor, ...]:
         """See :meth:`Backend.matrices`."""
         data = prepared.data
-        if not isinstance(data, HopperNVFP4):
+        if isinstance(data, HopperNVFP4):
+            records = data.packed
+        elif isinstance(data, HopperBlackwell):
+            records = data.packed.records
+        else:
             return super().matrices(prepared)
-        triton_weights.require_numbers(data.packed.alpha)
-        packed, scale = _kernel("layout").unpack(data.packed.records, data.packed.k, [r for r, _ in data.packed.runs])
+        triton_weights.require_numbers(records.alpha)
+        packed, scale = _kernel("layout").unpack(records.records, records.k, [rows for rows, _ in records.runs])
         return packed, scale.view(torch.float8_e4m3fn)
 
     def quantized_linear(
         self, values: Tensor, scale: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype
     ) -> Tensor:
-        """See :meth:`TritonBackend.quantized_linear`; for a layer of this backend's own, values are bfloat16."""
-        if not isinstance(prepared.data, HopperNVFP4):
+        """See :meth:`TritonBackend.quantized_linear`."""
+        data = prepared.data
+        if isinstance(data, HopperBlackwell):
+            y: Tensor = _kernel("blackwell").linear(values, scale, data.packed, out_dtype)
+            return y
+        if not isinstance(data, HopperNVFP4):
             return super().quantized_linear(values, scale, prepared, out_dtype)
-        return self._records(values, prepared.data.packed, out_dtype)
+        return self._records(values, data.packed, out_dtype)
 
     def _nvfp4(self, x: Tensor, prepared: PreparedLinear, out_dtype: torch.dtype) -> Tensor:
         data = prepared.data
-        if not isinstance(data, HopperNVFP4):
+        if not isinstance(data, HopperNVFP4 | HopperBlackwell):
             return super()._nvfp4(x, prepared, out_dtype)
         pre = None if data.pre_quant_scale is None else data.pre_quant_scale.to(x.dtype)
+        if isinstance(data, HopperBlackwell):
+            values, blocks = _kernel("quantize").quantize_blocks(x, data.inverse_scales, pre)
+            return self.quantized_linear(values, blocks, prepared, out_dtype)
         if not data.inverse_scales.numel():
             x = x if pre is None else x * pre
             return self._records(x.contiguous().unsqueeze(0), data.packed, out_dtype)
@@ -128,15 +152,28 @@ class HopperBackend(TritonBackend):
 
 def prepare_nvfp4(weight: NVFP4Weight) -> HopperNVFP4:
     """Records of each run of rows; what is rare is folded in, as the Triton backend does."""
+    records, inverses, _ = _records_of(weight, triton_weights.signed_codes(weight))
+    return HopperNVFP4(records, inverses, weight.pre_quant_scale)
+
+
+def prepare_blackwell(weight: NVFP4Weight) -> HopperBlackwell:
+    """Records, and what is to be known of them; these numerics ignore the signs of block scales."""
+    blackwell, packed = _kernel("blackwell"), weight.weight.packed
+    records, inverses, magnitude = _records_of(weight, packed)
+    bounds = blackwell.bounds(packed, magnitude, [rows for rows, _ in records.runs])
+    return HopperBlackwell(blackwell.BlackwellRecords(records, bounds), inverses, weight.pre_quant_scale)
+
+
+def _records_of(weight: NVFP4Weight, codes: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """``kernels.hopper.linear.Records``, the inverse input scales and the magnitudes of the block scales."""
     runs, inverses = triton_weights.runs_of(weight)
     alpha, magnitude = triton_weights.alpha_and_scales(weight)
-    records = _kernel("layout").pack(triton_weights.signed_codes(weight), magnitude, [rows for rows, _ in runs])
+    packed = _kernel("layout").pack(codes, magnitude, [rows for rows, _ in runs])
     bias = None if weight.bias is None else weight.bias.to(torch.float32).contiguous()
-    n, k = weight.shape
-    data = _kernel("linear").Records(records, tuple(runs), n, k, alpha, bias)
+    records = _kernel("linear").Records(packed, tuple(runs), *weight.shape, alpha, bias)
     for row_tiles in range(1, MOST_ROW_TILES + 1):
-        data.tables(row_tiles)  # now, for a copy from the host cannot be captured in a graph
-    return HopperNVFP4(data, inverses, weight.pre_quant_scale)
+        records.tables(row_tiles)  # now, for a copy from the host cannot be captured in a graph
+    return records, inverses, magnitude
 
 
 def prepare_dense(weight: DenseWeight) -> HopperDense:

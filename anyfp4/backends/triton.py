@@ -197,7 +197,7 @@ class TritonBackend(Backend):
 
         Args:
             values: float16 [Q, M, K], code × block_scale for each of the layer's Q input scales.
-            scale: uint8 [Q, M, K/16], the block scales.
+            scale: uint8 [Q, M, K/16], the block scales. Both in the types that the layer asks for.
             prepared: a layer with :meth:`quantized_inputs`.
             out_dtype: of the result.
 

@@ -35,6 +35,11 @@ class TritonNVFP4:
         """Of a quantized activation."""
         return torch.float16
 
+    @property
+    def scales_dtype(self) -> torch.dtype:
+        """Of its block scales."""
+        return torch.uint8
+
 
 @dataclass(frozen=True, eq=False)
 class TritonFP8:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anyfp4.backends import base, hopper, registry, triton
-from anyfp4.backends.hopper import HopperBackend, HopperNVFP4
+from anyfp4.backends.hopper import HopperBackend, HopperBlackwell, HopperNVFP4
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.formats import quantize
 from anyfp4.formats.weights import DenseWeight, NVFP4Weight
@@ -97,12 +97,12 @@ def test_runs_of_rows_in_groups_of_tiles() -> None:
     assert rows.tolist() == [[0, 64], [64, 64], [128, 64], [192, 8], [200, 64], [264, 64], [328, 2]]
 
 
-def test_other_numerics_and_weights_are_tritons() -> None:
+def test_which_layers_are_its_own() -> None:
     pytest.importorskip("triton")
     g = torch.Generator().manual_seed(0)
     weight = NVFP4Weight(quantize(torch.randn(8, 64, generator=g)), torch.tensor([0.5]))
     backend = HopperBackend()
-    assert not isinstance(backend.prepare(weight, "blackwell").data, HopperNVFP4)
+    assert isinstance(backend.prepare(weight, "blackwell").data, HopperBlackwell)
     assert isinstance(backend.prepare(NVFP4Weight(weight.weight), "blackwell").data, HopperNVFP4)  # weight-only
     dense = backend.prepare(DenseWeight(torch.randn(8, 64, generator=g).bfloat16()))
     assert dense.backend == "hopper" and not isinstance(dense.data, HopperNVFP4)

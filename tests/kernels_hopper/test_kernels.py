@@ -11,6 +11,7 @@ import pytest
 
 from anyfp4.kernels.hopper import compiler, dequantize, linear, plans, quantize
 from anyfp4.kernels.hopper.plan import Plan
+from tests.kernels_hopper.sanitized import CONTROL
 
 needs_nvrtc = pytest.mark.skipif(compiler.find_nvrtc() is None, reason="libnvrtc is not installed")
 SHAPES = (
@@ -73,7 +74,11 @@ def test_unpacking_takes_two_instructions_for_a_code(tmp_path: Path) -> None:
 @needs_nvrtc
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_the_other_kernels_compile(kind: int) -> None:
-    for files in (dequantize.FILES, quantize.FILES):
-        assert compiler.compile_only(files, (("KIND", kind),))[:4] == b"\x7fELF"
+    assert compiler.compile_only(dequantize.FILES, (("KIND", kind),))[:4] == b"\x7fELF"
+    for share in (1, 4):
+        defines, options = (("KIND", kind), ("SHARE", share)), ("--ptxas-options=-v",)
+        cubin, log = compiler.compile_with_log(quantize.FILES, defines, options)
+        assert cubin[:4] == b"\x7fELF" and "0 bytes spill stores" in log
+    assert compiler.compile_only(("async.cu", CONTROL))[:4] == b"\x7fELF"
     plan = Plan(16, 3, 1, 1, 4, 2, sync=1, float16=1)
     assert compiler.compile_only(linear.FILES, plan.defines)[:4] == b"\x7fELF"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -145,10 +147,13 @@ def test_quantized_and_dequantized_values(dtype: torch.dtype) -> None:
     x = activation(37, 144, spread=4.0).to(dtype).to(CUDA)
     x[3, 7], x[5, 9], x[6] = torch.nan, torch.inf, 0
     scales = torch.tensor([0.01, 3.0], device=CUDA)
-    got = quantize_values(x, 1.0 / scales)
-    for i in range(2):
-        want = dequantize_blocks(*quantize_blocks(x, scales[i])).double()
-        assert torch.equal(got[i].double().nan_to_num(1234.0), want.nan_to_num(1234.0))
+    pre = torch.rand(144, device=CUDA).to(dtype) + 0.5
+    for share, factor in itertools.product((1, 4), (None, pre)):
+        for whole in (x, torch.cat((x, x), dim=1)[:, :144], torch.cat((x[:, :2], x), dim=1)[:, 2:]):
+            got = quantize_values(whole, 1.0 / scales, factor, share)
+            for i in range(2):
+                want = dequantize_blocks(*quantize_blocks(x if factor is None else x * factor, scales[i])).double()
+                assert torch.equal(got[i].double().nan_to_num(1234.0), want.nan_to_num(1234.0)), (share, i)
     weight = to(nvfp4(150, 144, wild=True, inputs=(0.1, 0.2)), CUDA)
     assert isinstance(weight, NVFP4Weight)
     assert torch.equal(dequantize.dequantize(prepared(weight), dtype).double(), values(weight))

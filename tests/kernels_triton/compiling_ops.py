@@ -78,9 +78,13 @@ ATTENTION: dict[str, tuple[dict[str, str], int, bool, Any, Any]] = {
     "attention, fp8": (WORDS, 128, False, tl.bfloat16, tl.float16),
     "attention, heads of 80": (HALVES, 80, True, tl.float16, tl.float16),
     "attention, fp32": (SINGLES, 64, False, tl.float32, tl.float32),
+    "attention, quantized": ({}, 128, False, tl.bfloat16, tl.bfloat16),
 }
 #: which of them are compiled for which target (10 s each on sm_100); all of them for others
-COMPILED = {"80": ("attention", "attention, fp8"), "100": ("attention",), "gfx950": ("attention", "attention, fp8")}
+COMPILED = {
+    "80": ("attention", "attention, fp8", "attention, quantized"), "100": ("attention",),
+    "gfx950": ("attention", "attention, fp8"),
+}  # fmt: skip
 
 
 def compiled(
@@ -127,7 +131,7 @@ def build_attention(name: str, few_rows: bool, target: GPUTarget) -> dict[str, i
     constants = {
         "GROUP": 4, "D": dim, "DIM": padded, "ROWS": how.rows, "TILE": how.tile, "SUMS": how.sums, "BLOCK_SIZE": 16,
         "WINDOW": window, "SHARED": few_rows, "MERGED": 4, "DELAY": how.delay, "QK": qk, "PV": pv,
-        "INTERPRET": False,
+        "INTERPRET": False, "SCALES": int(name == "attention, quantized"), "PRE": False,
     }  # fmt: skip
     return build(attention.attend, types, constants, how.options(arch), target)
 

@@ -12,6 +12,7 @@ import torch
 from anyfp4.device import architecture
 from anyfp4.errors import InvalidArgumentError
 from anyfp4.kernels.triton import attention, workspace
+from anyfp4.kernels.triton.quantize import quantize_values
 from anyfp4.ops.attention import AttentionBatch
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.kernels.cases import DTYPES, generator
@@ -107,6 +108,36 @@ def test_values(device: torch.device, dtype: torch.dtype, cache: torch.dtype | N
     spans = ((0, 0, 37), (1, 4, 5), (2, 131, 150))
     for (s, first, _), got in zip(spans, case.run(*spans), strict=True):
         check_values(case, s, first, got)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "pre", "division"),
+    [(16, torch.bfloat16, False, attention.Launch(16, 64, 32, programs=0)), (80, torch.float16, True, None)],
+)
+def test_quantized_as_by_the_next_kernel(
+    device: torch.device, dim: int, dtype: torch.dtype, pre: bool, division: attention.Launch | None
+) -> None:
+    """In a prompt and in decode, shared and not, with values that are not finite, for several scales at once."""
+    case = make(device, [150, 5, 37], dim=dim, group=3, dtype=dtype)
+    case.v_cache[case.table[2, 0], 3, 1, 7] = torch.inf
+    width = 6 * dim
+    inverse = torch.tensor([20.0, 300.0], device=device)
+    factors = (torch.rand(width, generator=generator(3)) + 0.5).to(dtype).to(device) if pre else None
+    for spans in (((0, 149, 150), (1, 4, 5), (2, 36, 37)), ((0, 100, 150), (2, 0, 37))):
+        want = quantize_values(torch.cat(case.run(*spans, division=division)).flatten(1), inverse, factors)
+        starts = torch.tensor([0, *[end - first for _, first, end in spans]]).cumsum(0).to(torch.int32)
+        batch = AttentionBatch(
+            starts.to(device),
+            torch.tensor([end for _, _, end in spans], dtype=torch.int32, device=device),
+            case.table[[s for s, _, _ in spans]].contiguous(),
+            torch.empty(0, dtype=torch.int64, device=device),
+        )
+        q = torch.cat([case.q[s][first:end] for s, first, end in spans])
+        got = attention.attention_quantize(
+            q, case.k_cache, case.v_cache, batch, inverse, factors, **case.options, division=division
+        )
+        assert_same_bits(got[0], want[0])
+        assert_same_bits(got[1], want[1])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,26 @@ def test_silu_mul(device: torch.device, rows: int, width: int, pre: bool, dtype:
         assert_same_bits(alone_scale.cpu(), scale[:, row : row + 1].cpu().contiguous())
 
 
+@pytest.mark.parametrize(("rows", "k"), [(3, 592), (1, 4096)])
+def test_scales_with_the_sizes_of_blocks(device: torch.device, rows: int, k: int) -> None:
+    """As ``kernels/hopper/quantize.py`` has them: above the scale a quarter of the squared codes' sum, rounded up."""
+    x, w = rand(rows, k, seed=0, dtype=torch.bfloat16).to(device), rand(k, seed=2, dtype=torch.bfloat16).to(device)
+    x[0, :48] = 0
+    x[0, 500] = torch.nan
+    gate_up, scales = torch.cat((x, x.flip(0)), dim=1), SCALES.to(device)
+    form = (None, torch.bfloat16, torch.int16)
+    for plain, wide in (
+        (fused.norm_quantize(x, None, w, 1e-5, scales)[:2], fused.norm_quantize(x, None, w, 1e-5, scales, *form)[:2]),
+        (fused.silu_mul_quantize(gate_up, scales), fused.silu_mul_quantize(gate_up, scales, *form)),
+    ):
+        (values, scale), (same, blocks) = ([t.cpu() for t in pair] for pair in (plain, wide))
+        assert_same_bits(same.half().nan_to_num(7.0), values.nan_to_num(7.0))
+        assert blocks.dtype == torch.int16 and torch.equal(blocks & 0xFF, scale.to(torch.int16))
+        number = scale.view(torch.float8_e4m3fn).float()[..., None]
+        codes = torch.where(number > 0, values.float().unflatten(2, (-1, 16)) / number, 0.0)  # exact
+        assert torch.equal(blocks >> 8 & 0xFF, torch.ceil(codes.square().sum(dim=3) / 4).to(torch.int16))
+
+
 def test_bad_arguments(device: torch.device) -> None:
     x, scales = torch.zeros(2, 48, device=device), SCALES.to(device)
     with pytest.raises(InvalidArgumentError, match="a multiple of 16"):

@@ -72,6 +72,16 @@ INLINE void barrier_wait(uint32 barrier, uint32 phase) {
         "finished:\n\t}" ::"r"(barrier), "r"(phase) : "memory");
 }
 
+// Whether barrier_wait would not wait; to ask again and again where that shall end at once.
+INLINE bool barrier_passed(uint32 barrier, uint32 phase) {
+    uint32 passed;
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.b32 %0, 1, 0, done;\n\t}" : "=r"(passed) : "r"(barrier), "r"(phase) : "memory");
+    return passed;
+}
+
 INLINE void prefetch_map(const TensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

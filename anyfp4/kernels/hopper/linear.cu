@@ -1,5 +1,5 @@
 // y = x · Wᵀ for up to a few hundred tokens, W as layout.py has it. After async.cu, unpack.cu,
-// unpack_half.cu, multiply.cu, linear_copy.cu and linear_finish.cu.
+// unpack_half.cu, unpack_chunk.cu, multiply.cu, linear_copy.cu and linear_finish.cu.
 //
 // The weight is the left operand: 64 of its rows are the M side of the matrix instruction, TOKENS tokens the N side. A
 // block has ROW_TILES × PARTS warpgroups: warpgroup p · ROW_TILES + r takes row tile r and the p-th part of the block's
@@ -14,14 +14,6 @@
 // Sums: a segment is one chain of wgmma. Part 0 adds its segments' sums in registers; every other segment's sum goes
 // through shared memory to the block of the cluster that finishes those tokens, which adds them in order.
 
-#if FLOAT16
-#define UNPACK unpack_half
-#define UNPACK_SCALES(w, s) unpack_half_scales(w, s)
-#else
-#define UNPACK unpack
-#define UNPACK_SCALES(w, s) unpack_scales(w, exponent, s)
-#endif
-
 INLINE void free_slot(const Ring &ring, int slot, int thread) {
     if ((thread & 31) == 0) barrier_arrive(ring.empty + 8 * slot);
 }
@@ -33,16 +25,6 @@ INLINE void load_records(const Ring &ring, int slot, int group, int thread, uint
         codes[c] = load_shared_16(at + c * RECORD + thread * 16);
         scales[c] = load_shared_8(at + c * RECORD + CODES + (thread >> 2) * 8);
     }
-}
-
-INLINE void unpack_chunk(const uint4 &codes, const uint2 &scales, uint32 exponent, uint32 (&a)[16]) {
-    uint32 upper[2], lower[2];
-    UNPACK_SCALES(scales.x, upper);
-    UNPACK_SCALES(scales.y, lower);
-    UNPACK<0>(codes.x, upper, lower, a);
-    UNPACK<1>(codes.y, upper, lower, a + 4);
-    UNPACK<2>(codes.z, upper, lower, a + 8);
-    UNPACK<3>(codes.w, upper, lower, a + 12);
 }
 
 #if SYNC

@@ -20,11 +20,13 @@ from anyfp4.kernels.hopper.runs import Runs, runs_of
 from anyfp4.kernels.hopper.runtime import Kernel, load, tensor_map
 
 FILES = (
-    "async.cu", "unpack.cu", "unpack_half.cu", "multiply.cu", "linear_copy.cu", "linear_finish.cu", "linear.cu",
+    "async.cu", "unpack.cu", "unpack_half.cu", "unpack_chunk.cu", "multiply.cu", "linear_copy.cu", "linear_finish.cu",
+    "linear.cu",
 )  # fmt: skip
 #: see ``unpack_scales``
 EXPONENT = 0x70007000
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+#: of results, as the kernels number them
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +128,7 @@ def linear(
         (
             tensor_map(room.rows(x, plan.tokens), (plan.tokens, 64)), weight.records, y, weight.alpha, weight.bias, row,
             groups, rows, m, n, chunks, tiles, token_tiles, items, plan.segments_each(k), math.ceil(k / SEGMENT),
-            _KINDS[out_dtype], EXPONENT,
+            KINDS[out_dtype], EXPONENT,
         ),
         cluster=plan.cluster,
         overlap=overlap,

@@ -41,7 +41,6 @@
 #define MMA_TYPES ".f32.bf16.bf16.f32 "
 #endif
 
-#if SYNC
 // d = A · B + d: A [16, 16], B [8, 16], by a warp
 INLINE void multiply(float *d, const uint32 *a, const uint32 *b) {
     asm volatile(
@@ -54,7 +53,7 @@ INLINE void load_matrices(uint32 address, uint32 *d) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
-#else
+
 // d = A · B (+ d if `add`): A [64, 16], B [T, 16] in shared memory
 INLINE void multiply(float (&d)[TOKENS / 2], const uint32 *a, uint64 b, int add) {
     asm volatile(
@@ -63,4 +62,3 @@ INLINE void multiply(float (&d)[TOKENS / 2], const uint32 *a, uint64 b, int add)
         "{" JOIN(NAMES_, TOKENS) "}, " JOIN(INPUTS_, TOKENS) ", p, 1, 1, 0;\n\t}"
         : JOIN(SUMS_, TOKENS) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
-#endif

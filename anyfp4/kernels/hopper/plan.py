@@ -11,7 +11,7 @@ from anyfp4.kernels.hopper.compiler import Defines
 #: columns of K that one accumulator takes
 SEGMENT = 1024
 #: of a token's sums for a tile of rows
-_PITCH_BYTES = (64 + 4) * 4
+PITCH_BYTES = (64 + 4) * 4
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,5 @@ class Plan:
         split = self.parts * self.cluster > 1
         sums = 1 + max(0, math.ceil(k / SEGMENT) - self.segments_each(k)) if split else 1
         stage = self.parts * self.step * self.tokens * 128 + self.row_tiles * self.parts * self.step * layout.RECORD
-        own = self.row_tiles * self.tokens // self.cluster * _PITCH_BYTES
+        own = self.row_tiles * self.tokens // self.cluster * PITCH_BYTES
         return stages * (stage + 16) + sums * own + self.row_tiles * 512

@@ -26,7 +26,7 @@ from anyfp4.kernels.hopper.plan import SEGMENT, Plan
 MOST, HALF = 227 << 10, 112 << 10
 #: registers of a computing thread, by warpgroups, where the compiler's share would not do; all of them come out of
 #: what the launch gives the block
-_REGISTERS = {2: 232, 3: 152, 4: 104}
+REGISTERS = {2: 232, 3: 152, 4: 104}
 #: chunks of 64 columns in a stage, and most stages
 _STEP, _STAGES = 2, 12
 #: microseconds that 64 columns of K take for the plan of a block (tokens, row tiles, parts), where a multiprocessor has
@@ -94,7 +94,7 @@ def _middle(tiles: int, segments: int, k: int, processors: int) -> Plan:
     """By ``wgmma`` with 64 tokens a tile, of which there is one."""
     if tiles > processors:
         rows = _side_by_side(tiles, (2, 3, 4), processors)
-        registers = 0 if rows == 2 else _REGISTERS[rows]
+        registers = 0 if rows == 2 else REGISTERS[rows]
         return _fit(Plan(64, rows, 1, 1, 0, _STEP, 1 if rows == 4 else 2, registers), k, MOST)
     plan = _split(tiles, segments, k, processors)
     # so many segments that their sums would fill the shared memory
@@ -105,9 +105,9 @@ def _many(tiles: int, segments: int, k: int, m: int, processors: int) -> Plan:
     """By ``wgmma`` with 64 or 128 tokens a tile: what ends first, by the measured times."""
     plans = [
         _split(tiles * math.ceil(m / 64), segments, k, processors),
-        _fit(Plan(64, 3, 1, 1, 0, _STEP, 2, _REGISTERS[3]), k, MOST),
+        _fit(Plan(64, 3, 1, 1, 0, _STEP, 2, REGISTERS[3]), k, MOST),
         _fit(Plan(128, 1, 1, 1, 0, _STEP, 2), k, MOST),
-        _fit(Plan(128, 2, 1, 1, 0, _STEP, 2, _REGISTERS[2]), k, MOST),
+        _fit(Plan(128, 2, 1, 1, 0, _STEP, 2, REGISTERS[2]), k, MOST),
     ]
     return min((p for p in plans if p.shared(k) <= MOST), key=lambda p: time(p, 64 * tiles, k, m, processors))
 

@@ -55,10 +55,11 @@ from anyfp4.kernels.triton.checks import (
     row_strides,
 )
 from anyfp4.kernels.triton.dependency import overlapping
+from anyfp4.kernels.triton.fused import outputs
 from anyfp4.kernels.triton.kv_cache import as_words, check_caches, write_kv
 from anyfp4.ops.attention import AttentionBatch
 
-__all__ = ["Launch", "attention", "write_kv"]
+__all__ = ["Launch", "attention", "attention_quantize", "write_kv"]
 
 #: keys of a tile where a row of keys has at most 256 bytes, and sums of a row's weights in it; part of the definition
 TILE, SUMS = 64, 32
@@ -102,12 +103,12 @@ class Launch:
         return options
 
 
-def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
-    """The launch for heads of ``padded_dim`` columns. ``few_rows``: sequences have 16 rows or fewer on average."""
+def launch(arch: str, padded_dim: int, itemsize: int, few: bool) -> Launch:
+    """The launch for heads of ``padded_dim`` columns. ``few``: see :func:`few_rows`."""
     keys = max(16, min(TILE, TILE * 256 // (padded_dim * itemsize)))
     sums = min(SUMS, keys)
     hip, same_size = arch.startswith("gfx"), arch.startswith(("sm_100", "sm_103"))
-    if few_rows and not same_size:
+    if few and not same_size:
         # four programs on a multiprocessor (a fourth of its registers each), each with a tile of keys on the way
         return Launch(16, keys, sums, stages=2, registers=128 if itemsize == 2 else 0)
     if hip or same_size or itemsize == 4:
@@ -116,6 +117,11 @@ def launch(arch: str, padded_dim: int, itemsize: int, few_rows: bool) -> Launch:
     # the copy of a tile would begin after the products of the one before
     rows = 128 if padded_dim <= 128 else 64
     return Launch(rows, keys, sums, warps=8, stages=3 if arch in ("sm_80", "sm_90") else 2, delay=arch == "sm_90")
+
+
+def few_rows(q: Tensor, k_cache: Tensor, batch: AttentionBatch) -> bool:
+    """Whether sequences have 16 rows (tokens × heads of a group) or fewer on average: decode, and not prompts."""
+    return q.shape[0] * (q.shape[1] // k_cache.shape[2]) <= 16 * batch.context_len.shape[0]
 
 
 def attention(
@@ -136,37 +142,126 @@ def attention(
     replays may change the contents of ``batch``. A sequence may have no tokens (padding); a token that sees no key
     (context_len 0) gives zeros. ``division`` takes the place of :func:`launch`, to measure it.
     """
-    _check(q, k_cache, v_cache, batch, scale * k_scale, sliding_window)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    step = _Step(q, k_cache, v_cache, batch, scale, sliding_window, k_scale, v_scale)
+    _launch(step, division, out)
+    return out
+
+
+def attention_quantize(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    inverse_scales: Tensor,
+    pre_quant_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype = torch.uint8,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    division: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` and the quantization of its result, [T, H · D], as one launch: the bits of both.
+
+    Args:
+        q: [T, H, D], D a multiple of 16; this and the others as in :func:`attention`.
+        k_cache: see there.
+        v_cache: see there.
+        batch: see there.
+        inverse_scales: float32 [Q], 1 / input global_scale of each quantization.
+        pre_quant_scale: [H · D] in the dtype of q, multiplies the result before it is quantized; or None.
+        dtype: of code × block_scale, float16 or bfloat16: exact in both.
+        scale_dtype: of the block scales; int16 for those of ``kernels.hopper.quantize.quantize_blocks``.
+        scale: see there.
+        sliding_window: see there.
+        k_scale: see there.
+        v_scale: see there.
+        division: see there.
+
+    Returns:
+        (code × block_scale [Q, T, H · D], block scales [Q, T, H · D / 16]).
+
+    Raises:
+        InvalidArgumentError: shapes or dtypes do not fit.
+    """
+    check_dtype("inverse_scales", inverse_scales, torch.float32)
+    if q.dim() != 3 or q.shape[2] % 16:
+        raise InvalidArgumentError(f"q must be [T, H, a multiple of 16], got {list(q.shape)}")
+    width = q.shape[1] * q.shape[2]
+    if pre_quant_scale is not None and (pre_quant_scale.shape != (width,) or pre_quant_scale.dtype != q.dtype):
+        raise InvalidArgumentError(
+            f"pre_quant_scale must be {q.dtype} [{width}], got {pre_quant_scale.dtype} {list(pre_quant_scale.shape)}"
+        )
+    values, scales = outputs(q.shape[0], width, inverse_scales, dtype, scale_dtype)
+    step = _Step(q, k_cache, v_cache, batch, scale, sliding_window, k_scale, v_scale)
+    _launch(step, division, q, _Quantized(values, scales, inverse_scales.contiguous(), pre_quant_scale))
+    return values, scales
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is attended to; see :func:`attention`."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    batch: AttentionBatch
+    scale: float
+    sliding_window: int | None
+    k_scale: float
+    v_scale: float
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """Where quantized results go, and by what they are quantized."""
+
+    values: Tensor
+    scale: Tensor
+    inverse_scales: Tensor
+    pre: Tensor | None
+
+
+def _launch(step: _Step, division: Launch | None, out: Tensor, quantized: _Quantized | None = None) -> None:
+    """Runs the kernel; ``out`` is but of the results' type where they are quantized."""
+    q, k_cache, v_cache, batch = step.q, step.k_cache, step.v_cache, step.batch
+    _check(q, k_cache, v_cache, batch, step.scale * step.k_scale, step.sliding_window)
     tokens, heads, dim = q.shape
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     sequences = batch.context_len.shape[0]
-    if out.numel() == 0 or sequences == 0:
-        return out
+    if q.numel() == 0 or sequences == 0:
+        return
     q = row_strides(q)[0]
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group, padded = heads // kv_heads, max(16, power_of_two(dim))
     qk, pv = _operands(q.dtype, k_cache.dtype)
-    arch, few_rows = architecture(q.device), tokens * group <= 16 * sequences
-    how = division or launch(arch, padded, qk.itemsize, few_rows)
+    arch, few = architecture(q.device), few_rows(q, k_cache, batch)
+    how = division or launch(arch, padded, qk.itemsize, few)
     tiles = triton.cdiv(batch.block_table.shape[1] * block_size, how.tile)
     # as many places as ``_first_place`` gives
     places = min(tokens * triton.cdiv(group, how.rows), tokens * group // how.rows + sequences)
     jobs, states, state = places * kv_heads, tokens * heads * tiles, padded + how.sums + 1
-    programs = min(tiles, how.programs // jobs) if few_rows and jobs <= workspace.TILES else 1
+    programs = min(tiles, how.programs // jobs) if few and jobs <= workspace.TILES else 1
     shared = programs > 1 and 4 * states * state <= MAX_SCRATCH
     memory = torch.empty(states * state, dtype=torch.float32, device=q.device) if shared else out
     p_acc, p_mass, p_m = memory.split([states * padded, states * how.sums, states]) if shared else (out, out, out)
-    window, table = sliding_window or 0, batch.block_table
+    window, table = step.sliding_window or 0, batch.block_table
+    to = quantized or _Quantized(out, out, out, None)
+    pre = out if to.pre is None else to.pre.contiguous()
     with on_device(q):
         attend[(jobs, programs if shared else 1)](
             q, as_words(k_cache), as_words(v_cache), batch.query_start, batch.context_len, table, out, p_m, p_mass,
-            p_acc, workspace.of(q).counters if shared else out, sequences, table.stride(0), q.stride(0), q.stride(1),
-            kv_heads, tiles, window, scale * k_scale * _LOG2_E, v_scale,
+            p_acc, workspace.of(q).counters if shared else out, to.values, to.scale, to.inverse_scales, pre, tokens,
+            sequences, table.stride(0), q.stride(0), q.stride(1), kv_heads, tiles, window,
+            step.scale * step.k_scale * _LOG2_E, step.v_scale,
             GROUP=group, D=dim, DIM=padded, ROWS=how.rows, TILE=how.tile, SUMS=how.sums, BLOCK_SIZE=block_size,
             WINDOW=window > 0, SHARED=shared, MERGED=min(4, power_of_two(group)), DELAY=how.delay,
-            QK=_TYPES[qk], PV=_TYPES[pv], INTERPRET=interpreting(), **overlapping(q), **how.options(arch),
+            QK=_TYPES[qk], PV=_TYPES[pv], INTERPRET=interpreting(),
+            SCALES=0 if quantized is None else len(to.inverse_scales), PRE=to.pre is not None, **overlapping(q),
+            **how.options(arch),
         )  # fmt: skip
-    return out
 
 
 def _operands(q: torch.dtype, cache: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

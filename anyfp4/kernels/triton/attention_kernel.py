@@ -9,9 +9,10 @@ import triton.language as tl
 from anyfp4.kernels.triton.attention_tile import finished, merge, product, rows_of_tile, scores, visible_values, weights
 from anyfp4.kernels.triton.dependency import wait_for_inputs
 from anyfp4.kernels.triton.kv_cache import cached_rows
+from anyfp4.kernels.triton.quantize import store_quantized
 
 #: integers that need no kernel of their own for some of their values
-_COUNTS = ("SEQUENCES", "kv_heads", "tiles", "window", "table_stride")
+_COUNTS = ("every", "SEQUENCES", "kv_heads", "tiles", "window", "table_stride")
 #: tiles whose states the merging program loads at a time; many, then few
 _MANY, _FEW = tl.constexpr(16), tl.constexpr(4)
 
@@ -47,16 +48,18 @@ def _sequence_of(p_start, p_length, place, SEQUENCES, GROUP: tl.constexpr, ROWS:
 
 @triton.jit(do_not_specialize=_COUNTS)
 def attend(
-    p_q, p_k_cache, p_v_cache, p_start, p_length, p_table, p_out, p_m, p_mass, p_acc, p_arrived,
-    SEQUENCES, table_stride, q_token, q_head, kv_heads, tiles, window, scale, v_scale,
+    p_q, p_k_cache, p_v_cache, p_start, p_length, p_table, p_out, p_m, p_mass, p_acc, p_arrived, p_values, p_scale,
+    p_g, p_pre, every, SEQUENCES, table_stride, q_token, q_head, kv_heads, tiles, window, scale, v_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, MERGED: tl.constexpr,
-    DELAY: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr = False,
+    DELAY: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr, SCALES: tl.constexpr = 0,
+    PRE: tl.constexpr = False, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
     """Attention of the rows at a place, for one head of keys; a place is ROWS rows (tokens × GROUP) of a sequence.
 
     Program (place and head, i) takes the tiles i, i + programs, … of those that its rows see. SHARED: there are several
-    such programs; each stores the states of its tiles, and the last to arrive merges.
+    such programs; each stores the states of its tiles, and the last to arrive merges. SCALES: results are quantized by
+    so many global scales at p_g, into p_values and p_scale, for ``every`` token of the step; p_out has but their type.
     """
     wait_for_inputs(OVERLAP)
     # the last rows of a prompt see most keys: they go first
@@ -119,15 +122,17 @@ def attend(
         if DELAY:
             m, mass, acc = merge(m, mass, acc, m_t, mass_t, acc_t)
         y = finished(mass, acc, v_scale, p_out.dtype.element_ty)
-        tl.store(p_out + out_row[:, None] * D + d[None, :], y, mask=live[:, None] & (d < D)[None, :])
+        _store_results(
+            y, p_out, p_values, p_scale, p_g, p_pre, out_row, 0, live, every, kv_heads * GROUP * D, D, SCALES, PRE
+        )
         broken = acc
     if tl.max(tl.max(tl.where(tl.abs(broken) < float("inf"), 0, 1), axis=1), axis=0) > 0:
         # other threads than the first time may store a number
         tl.debug_barrier()
         _attend_to_visible(
-            q, p_k_cache, p_v_cache, p_table, p_out, p_acc, out_row, live, position, first, count, lowest, highest,
-            kv_head, kv_heads, tiles, window, scale, v_scale, D, DIM, TILE, SUMS, BLOCK_SIZE, WINDOW, SHARED, QK, PV,
-            INTERPRET,
+            q, p_k_cache, p_v_cache, p_table, p_out, p_acc, p_values, p_scale, p_g, p_pre, every, out_row, live,
+            position, first, count, lowest, highest, kv_head, kv_heads, tiles, window, scale, v_scale, GROUP, D, DIM,
+            TILE, SUMS, BLOCK_SIZE, WINDOW, SHARED, QK, PV, INTERPRET, SCALES, PRE,
         )  # fmt: skip
     if SHARED:
         # every thread's states are stored before one thread says so
@@ -141,8 +146,8 @@ def attend(
             tl.store(p_arrived, 0)
         for row_ in range(first_row, tl.minimum(first_row + ROWS, tokens * GROUP), MERGED):
             _merge_tiles(
-                p_out, p_m, p_mass, p_acc, row_, tokens * GROUP, begin, kv_head, kv_heads, tiles, count, v_scale, GROUP,
-                D, DIM, SUMS, MERGED,
+                p_out, p_m, p_mass, p_acc, p_values, p_scale, p_g, p_pre, every, row_, tokens * GROUP, begin, kv_head,
+                kv_heads, tiles, count, v_scale, GROUP, D, DIM, SUMS, MERGED, SCALES, PRE,
             )  # fmt: skip
 
 
@@ -157,10 +162,11 @@ def _store_state(p_m, p_mass, p_acc, here, live, m, mass, acc):
 
 @triton.jit
 def _attend_to_visible(
-    q, p_k_cache, p_v_cache, p_table, p_out, p_acc, out_row, live, position, first, count, lowest, highest, kv_head,
-    kv_heads, tiles, window, scale, v_scale, D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
-    SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, QK: tl.constexpr,
-    PV: tl.constexpr, INTERPRET: tl.constexpr,
+    q, p_k_cache, p_v_cache, p_table, p_out, p_acc, p_values, p_scale, p_g, p_pre, every, out_row, live, position,
+    first, count, lowest, highest, kv_head, kv_heads, tiles, window, scale, v_scale, GROUP: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, INTERPRET: tl.constexpr,
+    SCALES: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     """Does the program's work again where a value is not finite; a few columns at a time, which saves registers."""
     COLUMNS: tl.constexpr = DIM if DIM < 32 else 32
@@ -187,16 +193,20 @@ def _attend_to_visible(
                 m, mass, acc = merge(m, mass, acc, m_t, mass_t, acc_t)
         if not SHARED:
             y = finished(mass, acc, v_scale, p_out.dtype.element_ty)
-            tl.store(p_out + out_row[:, None] * D + d, y, mask=live[:, None] & (d < D))
+            _store_results(
+                y, p_out, p_values, p_scale, p_g, p_pre, out_row, column, live, every, kv_heads * GROUP * D, D, SCALES,
+                PRE,
+            )  # fmt: skip
 
 
 @triton.jit
 def _merge_tiles(
-    p_out, p_m, p_mass, p_acc, first_row, rows, begin, kv_head, kv_heads, tiles, count, v_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SUMS: tl.constexpr, MERGED: tl.constexpr,
+    p_out, p_m, p_mass, p_acc, p_values, p_scale, p_g, p_pre, every, first_row, rows, begin, kv_head, kv_heads, tiles,
+    count, v_scale, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SUMS: tl.constexpr, MERGED: tl.constexpr,
+    SCALES: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
     """Merges the stored states of up to MERGED rows and writes their results."""
-    row, d = first_row + tl.arange(0, MERGED), tl.arange(0, DIM)[None, :]
+    row = first_row + tl.arange(0, MERGED)
     live = row < rows
     out_row = (begin + row // GROUP).to(tl.int64) * (kv_heads * GROUP) + kv_head * GROUP + row % GROUP
     here = out_row * tiles
@@ -209,7 +219,34 @@ def _merge_tiles(
     for i in range(many, count, _FEW):
         m, mass, acc = _merge_stored(p_m, p_mass, p_acc, here + i, live, count - i, m, mass, acc, _FEW)
     y = finished(mass, acc, v_scale, p_out.dtype.element_ty)
-    tl.store(p_out + out_row[:, None] * D + d, y, mask=live[:, None] & (d < D))
+    _store_results(
+        y, p_out, p_values, p_scale, p_g, p_pre, out_row, 0, live, every, kv_heads * GROUP * D, D, SCALES, PRE
+    )
+
+
+@triton.jit
+def _store_results(
+    y, p_out, p_values, p_scale, p_g, p_pre, out_row, first, live, every, width, D: tl.constexpr, SCALES: tl.constexpr,
+    PRE: tl.constexpr,
+):  # fmt: skip
+    """Stores y [R, C], columns from ``first`` on of rows (token and head) ``out_row`` int64 [R], or quantizes it."""
+    d = first + tl.arange(0, y.shape[1])[None, :]
+    here = out_row[:, None] * D + d
+    if SCALES == 0:
+        tl.store(p_out + here, y, mask=live[:, None] & (d < D))
+    else:
+        BLOCKS: tl.constexpr = y.shape[0] * y.shape[1] // 16
+        # blocks of a head: the heads of a token are one row of ``width`` columns
+        i = first // 16 + tl.arange(0, y.shape[1] // 16)[None, :]
+        block = tl.reshape(out_row[:, None] * (D // 16) + i, (BLOCKS,))
+        present = tl.reshape(live[:, None] & (i * 16 < D), (BLOCKS,))
+        column = tl.reshape(here, (BLOCKS, 16))
+        pre = None
+        if PRE:
+            pre = tl.load(p_pre + column % width, mask=present[:, None], other=0.0)
+        store_quantized(
+            tl.reshape(y, (BLOCKS, 16)), pre, p_g, p_values, p_scale, 0, every, width, column, block, present, SCALES
+        )
 
 
 @triton.jit

@@ -20,27 +20,7 @@ from anyfp4.kernels.triton.checks import check_device, check_dtype, check_float,
 from anyfp4.kernels.triton.dependency import overlapping, wait_for_inputs
 from anyfp4.kernels.triton.elementary import sum_neighbours
 from anyfp4.kernels.triton.numbers import float32_of, rounded
-from anyfp4.kernels.triton.quantize import block_scales, over, places, products, tile
-
-
-@triton.jit
-def _store_quantized(
-    y, pre, p_g, p_values, p_scale, first, rows, K, column, block, live, SCALES: tl.constexpr
-):  # fmt: skip
-    """Quantizes y [B, 16] once for each of SCALES global scales, and stores values at column and scales at block.
-
-    ``y`` is in the activation's type; ``pre``, if not None, are factors by which it is first multiplied, and rounded.
-    Columns and blocks are counted from the row ``first``; ``live`` is bool [B].
-    """
-    if pre is not None:
-        y = rounded(float32_of(y) * float32_of(pre), y.dtype)
-    y = float32_of(y)
-    for i in tl.static_range(SCALES):
-        bits, s, scaled = block_scales(y, tl.load(p_g + i))
-        row = first + i * rows
-        values = tl.reshape(products(scaled, s), column.shape)
-        tl.store(p_values + row * K + column, values, mask=over(live, column))
-        tl.store(p_scale + row * (K // 16) + block, bits.to(tl.uint8), mask=live)
+from anyfp4.kernels.triton.quantize import over, places, store_quantized, tile
 
 
 @triton.jit
@@ -93,7 +73,7 @@ def _norm_quantize(
     else:
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, BLOCKS)), (ROWS * BLOCKS,))
     y = rounded(float32_of(part) * over(inverse, column) * weight, p_x.dtype.element_ty)
-    _store_quantized(y, pre, p_g, p_values, p_scale, first, rows, K, here, scale_here, live, SCALES)
+    store_quantized(y, pre, p_g, p_values, p_scale, first, rows, K, here, scale_here, live, SCALES)
 
 
 @triton.jit
@@ -114,7 +94,7 @@ def _silu_mul_quantize(
     if PRE:
         pre = tl.reshape(tl.load(p_pre + column, mask=over(live, column), other=0.0), (BLOCKS, 16))
     y = tl.reshape(rounded(gated(gate, up), p_x.dtype.element_ty), (BLOCKS, 16))
-    _store_quantized(y, pre, p_g, p_values, p_scale, row, rows, width, column, block, live, SCALES)
+    store_quantized(y, pre, p_g, p_values, p_scale, row, rows, width, column, block, live, SCALES)
 
 
 def norm_quantize(
@@ -125,6 +105,7 @@ def norm_quantize(
     inverse_scales: Tensor,
     pre_quant_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm (after adding to the residual stream, if there is one) and quantization.
 
@@ -136,9 +117,10 @@ def norm_quantize(
         inverse_scales: float32 [Q], 1 / input global_scale of each quantization.
         pre_quant_scale: [K] in the dtype of x, multiplies the norm's result before it is quantized; or None.
         dtype: of code × block_scale, float16 or bfloat16: exact in both.
+        scale_dtype: of the block scales; int16 for those of ``kernels.hopper.quantize.quantize_blocks``.
 
     Returns:
-        (code × block_scale [Q, M, K], block scales uint8 [Q, M, K/16], x + residual [M, K], or x without one).
+        (code × block_scale [Q, M, K], block scales [Q, M, K/16], x + residual [M, K], or x without one).
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not fit.
@@ -151,7 +133,7 @@ def norm_quantize(
         raise InvalidArgumentError(f"rows of x may have at most {norm.MAX_K} elements, got {k}")
     if weight.shape != (k,) or (residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype)):
         raise InvalidArgumentError(f"weight {list(weight.shape)} must be [{k}], the residual like x {list(x.shape)}")
-    values, scale = _outputs(m, k, inverse_scales, dtype)
+    values, scale = outputs(m, k, inverse_scales, dtype, scale_dtype)
     total = x if residual is None else torch.empty((m, k), dtype=x.dtype, device=x.device)
     rows, blocks, parts, warps = _norm_tile(m, k)
     if m:
@@ -180,6 +162,7 @@ def silu_mul_quantize(
     inverse_scales: Tensor,
     pre_quant_scale: Tensor | None = None,
     dtype: torch.dtype = torch.float16,
+    scale_dtype: torch.dtype = torch.uint8,
 ) -> tuple[Tensor, Tensor]:
     """silu(gate) × up and quantization.
 
@@ -188,16 +171,17 @@ def silu_mul_quantize(
         inverse_scales: float32 [Q].
         pre_quant_scale: [I] in the dtype of gate_up, or None.
         dtype: of code × block_scale, float16 or bfloat16: exact in both.
+        scale_dtype: of the block scales; int16 for those of ``kernels.hopper.quantize.quantize_blocks``.
 
     Returns:
-        (code × block_scale [Q, M, I], block scales uint8 [Q, M, I/16]).
+        (code × block_scale [Q, M, I], block scales [Q, M, I/16]).
 
     Raises:
         InvalidArgumentError: shapes or dtypes do not fit.
     """
     _check(gate_up, inverse_scales, pre_quant_scale, 2)
     m, width = gate_up.shape[0], gate_up.shape[1] // 2
-    values, scale = _outputs(m, width, inverse_scales, dtype)
+    values, scale = outputs(m, width, inverse_scales, dtype, scale_dtype)
     if m:
         with on_device(gate_up):
             # 12288 columns on an H200: one row 1.3 us with 8 blocks a program, 1.5 with 32; 64 rows 3.4 us with 64
@@ -228,7 +212,10 @@ def _check(x: Tensor, inverse_scales: Tensor, pre: Tensor | None, halves: int = 
         )
 
 
-def _outputs(m: int, k: int, inverse_scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def outputs(
+    m: int, k: int, inverse_scales: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Memory for values [Q, M, K] and block scales [Q, M, K/16]."""
     count, device = inverse_scales.shape[0], inverse_scales.device
     values = room.empty(count, m, k, dtype, device)
-    return values, torch.empty((count, m, k // 16), dtype=torch.uint8, device=device)
+    return values, torch.empty((count, m, k // 16), dtype=scale_dtype, device=device)

@@ -83,6 +83,32 @@ def products(y, s):
 
 
 @triton.jit
+def store_quantized(
+    y, pre, p_g, p_values, p_scale, first, rows, K, column, block, live, SCALES: tl.constexpr
+):  # fmt: skip
+    """Quantizes y [B, 16] once for each of SCALES global scales, and stores values at column and scales at block.
+
+    ``y`` is in the activation's type; ``pre``, if not None, are factors by which it is first multiplied, and rounded.
+    Columns and blocks are counted from the row ``first``; ``live`` is bool [B]. Scales are bytes or, as
+    ``kernels.hopper.quantize.quantize_blocks`` describes them, int16.
+    """
+    if pre is not None:
+        y = rounded(float32_of(y) * float32_of(pre), y.dtype)
+    y = float32_of(y)
+    for i in tl.static_range(SCALES):
+        bits, s, scaled = block_scales(y, tl.load(p_g + i))
+        row = first + i * rows
+        values = tl.reshape(products(scaled, s), column.shape)
+        tl.store(p_values + row * K + column, values, mask=over(live, column))
+        if p_scale.dtype.element_ty == tl.int16:
+            magnitude = e2m1_magnitude(scaled)
+            # the sum, of multiples of a quarter, is at most 576
+            quarter = tl.ceil(tl.sum(magnitude * magnitude, axis=1) * 0.25).to(tl.int32)
+            bits |= tl.where(s > 0.0, quarter, 0) << 8
+        tl.store(p_scale + row * (K // 16) + block, bits.to(p_scale.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def _quantize(
     p_x, p_pre, p_g, p_out, p_scale, KB, x_stride, PRE: tl.constexpr, VALUES: tl.constexpr,
     BLOCKS: tl.constexpr, WHOLE: tl.constexpr,
