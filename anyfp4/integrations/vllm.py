@@ -6,6 +6,7 @@ change in vLLM, and only if all of that is there, changes it:
 - ``init_nvfp4_linear_kernel``, under every name by which a module has imported it: the choice of a kernel. The list of
   kernels alone would not do: batch invariance and weight-only layers go past it. Anything that anyfp4 leaves
   (``vllm_policy``) goes to vLLM's own choice.
+- a kernel that a module makes without asking for that choice (ModelOpt's weight-only layers in vLLM 0.26).
 - that list: anyfp4's kernel comes first, for whoever holds the original function.
 - ``create_weights`` and ``process_weights_after_loading`` of the quantization methods with NVFP4 layers: around them,
   the global scales of each shard are kept (``vllm_kernel``).
@@ -42,12 +43,14 @@ class Method:
         classes: sets of names, of which the first one that is there whole is meant: versions differ.
         names: of its global scales.
         required: whether a vLLM without it is another one than the plugin knows.
+        pinned: the kernel that the module makes for weight-only layers without asking for the choice, if it does.
     """
 
     module: str
     classes: tuple[tuple[str, ...], ...]
     names: Names
     required: bool = True
+    pinned: str | None = None
 
 
 METHODS = (
@@ -61,6 +64,7 @@ METHODS = (
         # one class for all formats since 0.30
         (("ModelOptLinearMethod",), ("ModelOptNvFp4LinearMethod", "ModelOptNvFp4W4A16LinearMethod")),
         Names("weight_scale_2", "input_scale", divisor=False),
+        pinned="MarlinNvFp4LinearKernel",  # 0.26
     ),
     Method(
         f"{_QUANTIZATION}.quark.schemes.quark_nvfp4",
@@ -149,6 +153,8 @@ def _plan_method(method: Method, kernel: type, choice: Callable[..., Any]) -> li
     if found is None:
         raise MissingError(f"{method.module} has no {' or '.join(' and '.join(names) for names in method.classes)}")
     changes = [Change(module, _CHOICE, choice)]
+    if method.pinned is not None and hasattr(module, method.pinned):
+        changes.append(Change(module, method.pinned, _pinned(getattr(module, method.pinned), kernel)))
     for name in found:
         owner = getattr(module, name)
         create, process = (_attribute(owner, step) for step in ("create_weights", "process_weights_after_loading"))
@@ -162,14 +168,28 @@ def _choice(original: Callable[..., Any], kernel: Any, config: Any) -> Callable[
 
     @functools.wraps(original)
     def choose(use_a16: bool = False) -> Any:
-        reason = vllm_policy.why_not_here(envs.read()) or vllm_policy.why_not_asked(use_a16)
-        if reason is None:
-            return kernel(config(), weight_only=use_a16)
-        _say_left(reason)
-        return original(use_a16=use_a16)
+        return _served(kernel, config(), use_a16) or original(use_a16=use_a16)
 
     choose.anyfp4 = True  # type: ignore[attr-defined]
     return choose
+
+
+def _pinned(original: Callable[[Any], Any], kernel: Any) -> Callable[[Any], Any]:
+    """In place of the class ``original`` where a module makes one: anyfp4's own wherever it serves."""
+
+    def make(config: Any) -> Any:
+        return _served(kernel, config, True) or original(config)
+
+    return make
+
+
+def _served(kernel: Any, config: Any, weight_only: bool) -> Any:
+    """anyfp4's kernel, or None if these layers are left to vLLM, which the log says."""
+    reason = vllm_policy.why_not_here(envs.read()) or vllm_policy.why_not_asked(weight_only)
+    if reason is None:
+        return kernel(config, weight_only=weight_only)
+    _say_left(reason)
+    return None
 
 
 @functools.cache

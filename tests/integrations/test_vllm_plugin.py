@@ -113,6 +113,27 @@ def test_classes_of_vllm_0_26(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert all(owner.create_weights is not before[name] for name, owner in old.items())
 
 
+def test_kernel_that_vllm_0_26_does_not_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModelOpt's weight-only layers make Marlin themselves; where the user wants vLLM's kernels, they still do."""
+
+    class Marlin:
+        def __init__(self, config: Any) -> None: ...
+
+    old = {"ModelOptNvFp4LinearMethod": method(), "ModelOptNvFp4W4A16LinearMethod": method()}
+    modules = install(monkeypatch, Platform("cuda", 90), **old, MarlinNvFp4LinearKernel=Marlin)
+    monkeypatch.setattr(registry, "select", lambda *_, **__: TritonBackend())
+    plugin.register()
+    make = modules[f"{QUANTIZATION}.modelopt"].MarlinNvFp4LinearKernel
+    ours = make(object())
+    assert type(ours).__name__ == KERNEL and ours.weight_only
+    config = modules["vllm.config"].get_current_vllm_config_or_none().kernel_config
+    config.linear_backend = "own"
+    assert type(make(object())) is Marlin
+    config.linear_backend = "auto"
+    monkeypatch.setenv("ANYFP4_VLLM", "off")
+    assert type(make(object())) is Marlin
+
+
 def chosen(modules: dict[str, Any], weight_only: bool = False) -> str:
     """The same by every name under which vLLM's modules hold the choice."""
     names = {type(m.init_nvfp4_linear_kernel(use_a16=weight_only)).__name__ for n, m in modules.items() if "exec" in n}
