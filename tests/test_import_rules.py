@@ -26,6 +26,7 @@ LAYERS = (
     ("llm", "async_llm"),
     ("tools",),
     ("entrypoints",),
+    ("__main__",),
     ("integrations",),
     ("testing",),
 )

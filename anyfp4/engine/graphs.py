@@ -9,8 +9,10 @@ another, nothing shows. A step's inputs go to the GPU in one copy, and nothing i
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -197,6 +199,21 @@ class StepGraphs:
         stream.synchronize()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _garbage_kept(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             results = step()
         return graph, results
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Keeps Python from collecting garbage: were it the graphs of another engine, freeing them would end a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,32 @@ def test_warming_up_captures_everything_and_changes_nothing(gpu_decoder: Decoder
     while engine.has_work:
         engine.step()
     assert [outcome(s) for s in sequences] == expected
+
+
+def test_garbage_does_not_end_a_capture(gpu_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of an engine that is gone lie in cycles; freeing them while a stream is captured spoils the capture."""
+    x, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += 1
+    cycle: list[object] = [graph]
+    cycle.append(cycle)
+    held = [cycle]
+    del graph, cycle
+    forward = Decoder.forward
+
+    def lets_go(*arguments: object) -> torch.Tensor:
+        if held and torch.cuda.is_current_stream_capturing():
+            held.clear()
+        return forward(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "forward", lets_go)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        run(gpu_decoder, requests(gpu_decoder.config.vocab_size)[:2], cuda_graphs=True)
+    finally:
+        gc.set_threshold(*thresholds)
+    assert not held and gc.isenabled()
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -95,6 +95,11 @@ def test_backends(call) -> None:  # type: ignore[no-untyped-def]
     assert code == 0 and "chosen" in out
 
 
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "anyfp4", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == anyfp4.__version__ + "\n"
+
+
 def test_version_and_help(call) -> None:  # type: ignore[no-untyped-def]
     assert call("--version")[:2] == (0, anyfp4.__version__ + "\n")
     code, out, _ = call("generate", "--help")
