@@ -2,10 +2,13 @@
 
 compute-sanitizer --tool memcheck python -m tests.kernels_hopper.sanitized
 compute-sanitizer --tool racecheck python -m tests.kernels_hopper.sanitized
+compute-sanitizer --tool racecheck python -m tests.kernels_hopper.sanitized --every-lane
 compute-sanitizer --tool racecheck python -m tests.kernels_hopper.sanitized --control
 
-``--control`` runs a kernel of a few lines that copies in bulk, waits for the barrier as NVIDIA documents it, and reads.
-What a checker reports of it, it reports of any such kernel.
+racecheck follows barriers in shared memory, but not that a warp meets before one of its lanes arrives at one: of what a
+warp reads of a slot before the next copy into it, it reports the bytes of 31 lanes of 32. ``--every-lane`` compiles the
+kernels so that all lanes arrive. ``--control`` runs a kernel of a few lines that copies in bulk, waits for the barrier
+as NVIDIA documents it, and reads: what a checker reports of it, it reports of any such kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from anyfp4.kernels.hopper import blackwell, dequantize, gemm, layout, linear, runtime
+from anyfp4.kernels.hopper import blackwell, compiler, dequantize, gemm, layout, linear, runtime
 from anyfp4.kernels.hopper.blackwell_plans import BlackwellPlan
 from anyfp4.kernels.hopper.gemm import Shape
 from anyfp4.kernels.hopper.plan import Plan
@@ -74,4 +77,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "--every-lane" in sys.argv:
+        compiler.OPTIONS = (*compiler.OPTIONS, "-DARRIVING=32")
     control() if "--control" in sys.argv else main()

@@ -80,5 +80,6 @@ def test_the_other_kernels_compile(kind: int) -> None:
         cubin, log = compiler.compile_with_log(quantize.FILES, defines, options)
         assert cubin[:4] == b"\x7fELF" and "0 bytes spill stores" in log
     assert compiler.compile_only(("async.cu", CONTROL))[:4] == b"\x7fELF"
+    assert compiler.compile_only(linear.FILES, Plan(8, 3, 1, 1, 4, 2, sync=1).defines, ("-DARRIVING=32",))
     plan = Plan(16, 3, 1, 1, 4, 2, sync=1, float16=1)
     assert compiler.compile_only(linear.FILES, plan.defines)[:4] == b"\x7fELF"

@@ -54,6 +54,17 @@ INLINE void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Lanes of a warp that arrive for it where all of them have met before. One will do; NVIDIA's racecheck follows barriers
+// but not the meeting of a warp, so it is shown kernels in which every lane arrives (tests/kernels_hopper/sanitized.py).
+#ifndef ARRIVING
+#define ARRIVING 1
+#endif
+
+INLINE void warp_arrive(uint32 barrier, int thread) {
+    __syncwarp();
+    if ((thread & 31) < ARRIVING) barrier_arrive(barrier);
+}
+
 // at the same barrier of block `rank` of the cluster
 INLINE void barrier_arrive_at(uint32 barrier, uint32 rank) {
     asm volatile(

@@ -161,12 +161,10 @@ INLINE bool chain(const Problem &p, const Item &item, const Ring &ring, const fl
             }
             if (PARTS > 1 && !(part == PARTS - 1 && base + STAGE_CHUNKS >= p.chunks)) {
                 put(acc, own, thread);
-                __syncwarp();
-                if ((thread & 31) == 0) barrier_arrive(own_hop);
+                warp_arrive(own_hop, thread);
             }
         }
-        __syncwarp();
-        if ((thread & 31) == 0) barrier_arrive(ring.empty + 8 * slot);
+        warp_arrive(ring.empty + 8 * slot, thread);
         if (++slot == STAGES) slot = 0, phase ^= 1;
     }
     return live && part == PARTS - 1;
@@ -212,8 +210,8 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + (REGISTERS ? 128
     const Table table = {words, words + chunks, words + 2 * chunks, words + 3 * chunks, words + 3 * chunks + 1, reinterpret_cast<float *>(words + 3 * chunks + 2)};
     const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 7, 0), thread = threadIdx.x & 127;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(ring.full + 8 * i, ROW_TILES + STAGE_CHUNKS), barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS);
-        for (int i = 0; i < 4 * WARPGROUPS; i++) barrier_init(hops + 8 * i, 1);
+        for (int i = 0; i < STAGES; i++) barrier_init(ring.full + 8 * i, ROW_TILES + STAGE_CHUNKS), barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS * ARRIVING);
+        for (int i = 0; i < 4 * WARPGROUPS; i++) barrier_init(hops + 8 * i, ARRIVING);
         barrier_init_fence();
         token_scales = {info + (static_cast<long long>(item.q) * m + item.token) * blocks, blocks, min(TOKENS, m - item.token)};
     }

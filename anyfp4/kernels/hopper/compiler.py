@@ -17,7 +17,7 @@ from anyfp4.errors import BackendError
 
 _FOLDER = Path(__file__).parent
 #: no contraction: every rounding is part of a definition
-_OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--fmad=false", "-lineinfo")
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--fmad=false", "-lineinfo")
 Defines = tuple[tuple[str, int | str], ...]
 
 
@@ -80,7 +80,7 @@ def compile_with_log(files: tuple[str, ...], defines: Defines = (), options: tup
     program = c_void_p()
     _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), files[-1].encode(), 0, None, None))
     try:
-        arguments = [*_OPTIONS, *options, *(f"-D{name}={value}" for name, value in defines)]
+        arguments = [*OPTIONS, *options, *(f"-D{name}={value}" for name, value in defines)]
         array = (c_char_p * len(arguments))(*(a.encode() for a in arguments))
         status = nvrtc.nvrtcCompileProgram(program, c_int(len(arguments)), array)
         size = c_size_t()

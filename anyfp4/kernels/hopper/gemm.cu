@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const uint32 barriers = shared_address(memory) + BARRIERS;
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + 8 * i, 1);
-            barrier_init(barriers + 8 * (STAGES + i), 8 * CLUSTER);
+            barrier_init(barriers + 8 * (STAGES + i), 8 * CLUSTER * ARRIVING);
         }
         barrier_init_fence();
     }

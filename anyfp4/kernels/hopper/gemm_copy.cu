@@ -113,9 +113,13 @@ INLINE void copy(const Work &work, const TensorMap *left, const TensorMap *right
 
 // the stage `back` before `stage` may be filled again
 INLINE void release(const Work &work, int stage, int back) {
-    if (threadIdx.x % 32 < CLUSTER) {
+    if (ARRIVING > 1 || threadIdx.x % 32 < CLUSTER) {
         const uint32 barrier = work.empty + 8 * (stage - back + (stage < back ? STAGES : 0));
-        if (CLUSTER > 1) barrier_arrive_at(barrier, threadIdx.x % 32);
-        else barrier_arrive(barrier);
+        if (ARRIVING > 1)
+            for (int rank = 0; rank < CLUSTER; rank++) barrier_arrive_at(barrier, rank);
+        else if (CLUSTER > 1)
+            barrier_arrive_at(barrier, threadIdx.x % 32);
+        else
+            barrier_arrive(barrier);
     }
 }

@@ -15,7 +15,7 @@
 // through shared memory to the block of the cluster that finishes those tokens, which adds them in order.
 
 INLINE void free_slot(const Ring &ring, int slot, int thread) {
-    if ((thread & 31) == 0) barrier_arrive(ring.empty + 8 * slot);
+    if ((thread & 31) < ARRIVING) barrier_arrive(ring.empty + 8 * slot);
 }
 
 INLINE void load_records(const Ring &ring, int slot, int group, int thread, uint4 (&codes)[STEP], uint2 (&scales)[STEP]) {
@@ -180,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + (REGISTERS ? 128
     const int group = __shfl_sync(0xFFFFFFFFu, threadIdx.x >> 7, 0), thread = threadIdx.x & 127;
     const int first_item = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(ring.full + 8 * i, WARPGROUPS + PARTS * STEP), barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS);
+        for (int i = 0; i < STAGES; i++) barrier_init(ring.full + 8 * i, WARPGROUPS + PARTS * STEP), barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS * ARRIVING);
         barrier_init_fence();
     }
     __syncthreads();
