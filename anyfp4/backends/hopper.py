@@ -28,10 +28,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 MOST_ROW_TILES = 7
 
 
-@dataclass(frozen=True, eq=False)
-class HopperNVFP4(TritonNVFP4):
-    """An NVFP4 layer; ``packed`` is ``kernels.hopper.linear.Records``."""
-
+class _Bfloat16Values(TritonNVFP4):
     @property
     def values_dtype(self) -> torch.dtype:
         """The kernels multiply in bfloat16."""
@@ -39,13 +36,13 @@ class HopperNVFP4(TritonNVFP4):
 
 
 @dataclass(frozen=True, eq=False)
-class HopperBlackwell(TritonNVFP4):
-    """An NVFP4 layer for numerics="blackwell"; ``packed`` is ``kernels.hopper.blackwell.BlackwellRecords``."""
+class HopperNVFP4(_Bfloat16Values):
+    """An NVFP4 layer; ``packed`` is ``kernels.hopper.linear.Records``."""
 
-    @property
-    def values_dtype(self) -> torch.dtype:
-        """The kernel multiplies in bfloat16."""
-        return torch.bfloat16
+
+@dataclass(frozen=True, eq=False)
+class HopperBlackwell(_Bfloat16Values):
+    """An NVFP4 layer for numerics="blackwell"; ``packed`` is ``kernels.hopper.blackwell.BlackwellRecords``."""
 
     @property
     def scales_dtype(self) -> torch.dtype:

@@ -33,7 +33,7 @@ _ONE_ORDER = ("sm_90", "sm_100", "sm_103")
 #: AMD's compiler may choose the instruction, and so K's grouping, by the tile's shape: one shape serves all
 _HIP_TOKENS = 64
 #: what ``triton_layers`` does without calling it
-_FUSED_OPS = ("linear", "rms_norm", "add_rms_norm", "silu_mul", "apply_rope", "write_kv")
+_FUSED_OPS = ("linear", "rms_norm", "add_rms_norm", "silu_mul", "apply_rope", "write_kv", "attention")
 
 
 class TritonBackend(Backend):

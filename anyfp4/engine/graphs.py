@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from anyfp4.ops.attention import AttentionBatch
 MOST_TOKENS = 512
 #: sequences of mixed steps: few, or as many as the engine runs
 _FEW_SEQUENCES = 8
+#: collecting garbage is a matter of the whole process: one thread captures at a time
+_CAPTURES = threading.Lock()
 _LOG = logging.getLogger(__name__)
 
 
@@ -210,10 +213,11 @@ class StepGraphs:
 @contextmanager
 def _garbage_kept() -> Iterator[None]:
     """Keeps Python from collecting garbage: were it the graphs of another engine, freeing them would end a capture."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
+    with _CAPTURES:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()

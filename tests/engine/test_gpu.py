@@ -108,15 +108,16 @@ def test_garbage_does_not_end_a_capture(gpu_decoder: Decoder, monkeypatch: pytes
     x, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x += 1
-    cycle: list[object] = [graph]
-    cycle.append(cycle)
-    held = [cycle]
-    del graph, cycle
+    held: list[object] = [graph]
+    del graph
     forward = Decoder.forward
 
     def lets_go(*arguments: object) -> torch.Tensor:
         if held and torch.cuda.is_current_stream_capturing():
-            held.clear()
+            cycle = [held.pop()]  # young: an old one would be left for long
+            cycle.append(cycle)
+            del cycle
+            assert not gc.isenabled()
         return forward(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Decoder, "forward", lets_go)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from anyfp4.kernels.hopper import blackwell, compiler, dequantize, gemm, layout, linear, runtime
-from anyfp4.kernels.hopper.blackwell_plans import BlackwellPlan
+from anyfp4.kernels.hopper.blackwell_plans import MEASURED, BlackwellPlan
 from anyfp4.kernels.hopper.gemm import Shape
 from anyfp4.kernels.hopper.plan import Plan
 from anyfp4.kernels.hopper.quantize import quantize_blocks, quantize_values
@@ -37,6 +37,7 @@ BLACKWELL_PLANS = (
     BlackwellPlan(8, 3, 2, 2, 3, sync=1), BlackwellPlan(8, 7, 1, 2, 2, sync=1), BlackwellPlan(16, 1, 6, 2, 2, sync=1),
     BlackwellPlan(16, 2, 3, 1, 2, sync=1), BlackwellPlan(32, 1, 3, 1, 4, 152), BlackwellPlan(64, 3, 1, 1, 3, 152),
     BlackwellPlan(64, 1, 3, 1, 2, 152), BlackwellPlan(64, 2, 1, 2, 2, 232), BlackwellPlan(128, 2, 1, 1, 4, 232),
+    *(plan for plan, *_ in MEASURED),
 )  # fmt: skip
 SHAPES = (Shape(96, sets=2), Shape(176, cluster=2, batch=2), Shape(256, batch=2, kept=56))
 CONTROL = str(Path(__file__).with_name("control.cu"))
@@ -70,8 +71,9 @@ def main() -> None:
         dequantize.dequantize(weight, torch.float32)
         bounds = blackwell.bounds(packed, scale, [rows for rows, _ in runs])
         values, blocks = quantize_blocks(x, torch.ones(2, device="cuda"))
-        for plan in BLACKWELL_PLANS:
-            blackwell.linear(values, blocks, blackwell.BlackwellRecords(weight, bounds), torch.bfloat16, plan.fitted(k))
+        layer = blackwell.BlackwellRecords(weight, bounds)
+        products = [blackwell.linear(values, blocks, layer, torch.bfloat16, plan.fitted(k)) for plan in BLACKWELL_PLANS]
+        assert all(torch.equal(y, products[0]) for y in products)
         torch.cuda.synchronize()
         print(f"N={n} K={k} M={m}: {len(PLANS)} + {len(BLACKWELL_PLANS)} plans, {len(SHAPES)} tiles")
 

@@ -16,6 +16,7 @@ from anyfp4.kernels.triton.quantize import quantize_values
 from anyfp4.ops.attention import AttentionBatch
 from anyfp4.testing.bitwise import assert_same_bits
 from tests.kernels.cases import DTYPES, generator
+from tests.kernels_triton.test_fused import check_sizes
 
 FP8 = torch.float8_e4m3fn
 #: unit roundoff: a rounded number is off by at most this part of itself
@@ -138,6 +139,12 @@ def test_quantized_as_by_the_next_kernel(
         )
         assert_same_bits(got[0], want[0])
         assert_same_bits(got[1], want[1])
+        if len(spans) == 3:
+            form = (torch.bfloat16, torch.int16)
+            wide = attention.attention_quantize(
+                q, case.k_cache, case.v_cache, batch, inverse, factors, *form, **case.options, division=division
+            )
+            check_sizes(got, wide)
 
 
 @pytest.mark.parametrize(

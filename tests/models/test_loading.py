@@ -104,8 +104,9 @@ def test_reading_onto_another_device_takes_no_copy_on_the_host(model: Path, monk
 @needs_triton
 @pytest.mark.parametrize("numerics", ["native", "blackwell"])
 def test_no_more_than_one_layer_is_held_twice(model: Path, numerics: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anyfp4.kernels.triton import layout
+    from anyfp4.kernels.triton import layout, workspace
 
+    workspace.reserve(CPU)  # once for a device, and not of a layer
     live = LiveBytes()
     kept = [261 * 256 * 2]  # after each layer: what stays; before the first, the embedding
 

@@ -2,12 +2,14 @@
 //
 // Of 64 columns, the products of a token and a row are multiples of u = 2^(low − 8), low the sum of the smallest exponents
 // of their block scales there. By Cauchy and Schwarz their magnitudes add up to no more than the product of the two norms.
-// Where that is below 2²⁴ u the matrix instruction adds all 64 exactly, in any order, to a float32.
+// Where that is below 2²⁴ u the matrix instruction adds all 64 exactly, in any order, to a float32: no exponent it aligns to
+// exceeds u's by more than 23, and it keeps 25 bits.
 //
 // The instruction of the definition cuts a term at 2^(E − 35). No block's sum is cut if E ≤ low + 27; E is the largest
 // exponent of the accumulator, so it must be below 2^(low + 28), or that of a block, `high`. Nor is the accumulator: if E is
 // its own exponent its 24 bits lie above 2^(E − 35), and if it is a block's, high ≤ lowest + 27 will do, for every sum is a
-// multiple of 2^(lowest − 8), lowest the smallest of all of K.
+// multiple of 2^(lowest − 8), lowest the smallest of all of K. By the same two bounds the accumulator and four blocks span at
+// most 50 bits, which float64 adds exactly.
 //
 // All this is asked of a tile of rows and of tokens at once, by the largest norm and exponent and the smallest of each. No
 // accumulator exceeds the product of the norms of all of K (cutting makes it smaller): where that is below 2^(low + 28) there is

@@ -81,7 +81,7 @@ class BlackwellPlan:
 
 
 #: plans, with the microseconds that 64 columns of K take where a multiprocessor has one item, and where several in turn
-_MEASURED = (
+MEASURED = (
     (BlackwellPlan(8, 1, 4, 4, sync=1), 0.10, 0.13), (BlackwellPlan(8, 3, 1, 4, sync=1), 0.29, 0.26),
     (BlackwellPlan(8, 4, 1, 4, sync=1), 0.35, 0.35), (BlackwellPlan(8, 7, 1, 4, sync=1), 0.59, 0.56),
     (BlackwellPlan(16, 1, 4, 4, sync=1), 0.13, 0.14), (BlackwellPlan(16, 3, 1, 4, sync=1), 0.37, 0.33),
@@ -107,4 +107,5 @@ def choose(n: int, k: int, m: int, processors: int) -> BlackwellPlan:
         rounds = math.ceil(items / processors)
         return once if rounds == 1 else rounds * in_turn
 
-    return min(_MEASURED, key=time)[0].fitted(k)
+    fitting = [measured for measured in MEASURED if measured[0].shared(k, 2) <= MOST - STATIC]
+    return min(fitting or MEASURED[:1], key=time)[0].fitted(k)

@@ -1,4 +1,4 @@
-// The parts of linear.cu that say what is where and fill the ring. After async.cu.
+// The parts of linear.cu that say what is where and fill the ring; what is where in blackwell.cu too. After async.cu.
 
 const int CHUNK = 64, SEGMENT_CHUNKS = 16, RECORD = 2304, CODES = 2048;
 const int WARPGROUPS = ROW_TILES * PARTS;

@@ -1,4 +1,4 @@
-// The parts of linear.cu after the products: sums to where they are added, epilogue, stores. After linear_copy.cu.
+// The parts of linear.cu and blackwell.cu after the products: sums to where they are added, epilogue, stores. After linear_copy.cu.
 
 #if FLOAT16
 const float UNIT = 1.0f;  // of the products that unpacking gives
